@@ -1,0 +1,1 @@
+"""Reading and writing pictures and videos: everything that crosses the border between files and arrays."""
