@@ -1,0 +1,1 @@
+"""What turns a text-to-video model into a subject-driven one: low-rank adapters, and reference images as tokens."""

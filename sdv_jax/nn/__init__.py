@@ -1,0 +1,1 @@
+"""Building blocks shared by every model. Nothing here knows a model, a checkpoint or (but for stack.py) a mesh."""

@@ -1,0 +1,40 @@
+"""Where arrays live: an ordered path table gives each parameter its sharding; without a mesh everything here is the identity.
+
+A family's `SHARDING` is a tuple of (pattern, PartitionSpec). Patterns are searched in the dotted parameter path, the first hit
+wins, and a parameter that no row names is an error, so that a new layer cannot silently end up replicated.
+"""
+
+import re
+from collections.abc import Sequence
+
+import jax
+from flax import nnx
+
+from sdv_jax.typing import Array
+
+Table = Sequence[tuple[str, jax.P]]
+
+
+def reshard(x: Array, spec: jax.P) -> Array:
+    """`jax.reshard` under a mesh, the identity without one, so that one code path serves one device and many."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, spec)
+
+
+def spec_of(path: str, table: Table) -> jax.P:
+    """The first row of `table` whose pattern is found in `path`; raises `KeyError` where none is."""
+    for pattern, spec in table:
+        if re.search(pattern, path):
+            return spec
+    raise KeyError(f"no sharding rule names the parameter {path!r}")
+
+
+def dotted(path: Sequence) -> str:
+    """An NNX state path as text: ('blocks', 'attn1', 'to_q', 'kernel') -> 'blocks.attn1.to_q.kernel'."""
+    return ".".join(map(str, path))
+
+
+def shardings(state: nnx.State, table: Table, mesh: jax.sharding.Mesh | None):
+    """The tree of `state` with each leaf replaced by its `NamedSharding` on `mesh`, or by None without a mesh."""
+    flat = [(path, jax.NamedSharding(mesh, spec_of(dotted(path), table)) if mesh is not None else None)
+            for path, _ in nnx.to_flat_state(state)]
+    return nnx.from_flat_state(flat)
