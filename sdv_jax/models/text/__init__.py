@@ -1,0 +1,1 @@
+"""Text encoders and the tokenizer that feeds them."""

@@ -1,0 +1,53 @@
+"""Prompts to token ids, with the tokenizer that came with the checkpoint; transformers reads it, from disk only."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sdv_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """The tokenizer saved in `folder` (a pipeline's `tokenizer/`): no network, no download cache.
+
+    Raises `UserError` when the folder is missing or transformers cannot read it.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        folder = Path(folder)
+        if not (folder / "tokenizer_config.json").is_file():
+            raise UserError(f"tokenizer: {folder} has no tokenizer_config.json; expected a pipeline's tokenizer folder")
+        from transformers import AutoTokenizer  # heavy, and needed only once a prompt is to be read
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # whatever the readers of json, sentencepiece and tokenizers raise for a broken file
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"tokenizer: transformers cannot read {folder}: {first}") from error
+
+    def tokenize(self, texts: str | Sequence, *, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, mask) of a string or a list of them, int32 [b, max_length] each.
+
+        Short prompts are padded at the end; long ones are cut, with the end-of-text token kept. Logs one warning that names what was cut, as diffusers does. The mask is 1 on tokens and 0 on padding.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise UserError("prompt: the list of prompts is empty; give at least one")
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(f"prompt: expected text, found {type(text).__name__}")
+        whole = self._tokenizer(texts, verbose=False)["input_ids"]
+        # The last id of a whole prompt is the end-of-text token, which the cut prompt keeps in its last place.
+        cut = [self._tokenizer.decode(ids[max_length - 1 : -1]) for ids in whole if len(ids) > max_length]
+        if cut:
+            logger.warning(
+                "prompt is longer than %d tokens and was cut; ignored: %s", max_length, " | ".join(map(repr, cut))
+            )
+        encoded = self._tokenizer(texts, padding="max_length", max_length=max_length, truncation=True, verbose=False)
+        ids, mask = (np.asarray(encoded[name], np.int32) for name in ("input_ids", "attention_mask"))
+        return ids, mask
