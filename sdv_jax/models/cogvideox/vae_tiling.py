@@ -1,0 +1,119 @@
+"""Tiled encoding and decoding with blended seams, as diffusers does it for CogVideoX.
+
+The result is not the untiled one: convolutions and group norms see one tile at a time.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from sdv_jax.typing import Array, Float
+
+from sdv_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Size and overlap of tiles; the field names are those of diffusers' `enable_tiling`.
+
+    Attributes:
+      tile_sample_min_height, tile_sample_min_width: tile size in pixels; smaller videos are not tiled.
+      tile_overlap_factor_height, tile_overlap_factor_width: the part of a tile that it shares with the next one, in [0, 1).
+    """
+
+    tile_sample_min_height: int
+    tile_sample_min_width: int
+    tile_overlap_factor_height: float = 1 / 6
+    tile_overlap_factor_width: float = 1 / 5
+
+    @classmethod
+    def default(cls, config) -> "Tiling":
+        """diffusers' defaults for a VAEConfig: tiles of half the sample size."""
+        return cls(config.sample_height // 2, config.sample_width // 2)
+
+    @property
+    def sample_tile(self) -> tuple[int, int]:
+        """Tile height and width in pixels."""
+        return self.tile_sample_min_height, self.tile_sample_min_width
+
+    def latent_tile(self, compression: int) -> tuple[int, int]:
+        """Tile height and width in latents."""
+        return tuple(int(size / compression) for size in self.sample_tile)
+
+    @property
+    def overlap(self) -> tuple[float, float]:
+        """Shared part of a tile along height and width."""
+        return self.tile_overlap_factor_height, self.tile_overlap_factor_width
+
+
+def run_tiled(
+    run: Callable[[Array], Array],
+    x: Float[Array, "b t h w c"],
+    *,
+    tile: tuple[int, int],
+    out_tile: tuple[int, int],
+    overlap: tuple[float, float],
+) -> Float[Array, "b s i j d"]:
+    """Runs `run` on overlapping tiles of x, [b, t, h, w, c] -> [b, s, i, j, d], and blends the results.
+
+    Args:
+      run: encodes or decodes a whole clip of any size.
+      x: the clip.
+      tile: tile size (height, width) in x.
+      out_tile: tile size in the output.
+      overlap: shared part of a tile along height and width.
+
+    Raises:
+      UserError: when the tiles cannot advance.
+    """
+    stride = [int(size * (1 - part)) for size, part in zip(tile, overlap)]
+    if min(stride) < 1 or min(out_tile) < 1:
+        raise UserError(f"VAE tiling: tiles of {tile} with overlap {overlap} cannot advance; use larger tiles or less overlap")
+    blend = [int(size * part) for size, part in zip(out_tile, overlap)]
+    tops, lefts = (range(0, size, step) for size, step in zip(x.shape[2:4], stride))
+    tiles = _map_tiles(run, x, tops, lefts, tile)
+    # Tiles are blended in reading order with neighbours that are already blended themselves.
+    rows = []
+    for i in range(len(tops)):
+        for j in range(len(lefts)):
+            if i > 0:
+                tiles[i, j] = _blend(tiles[i - 1, j], tiles[i, j], blend[0], axis=2)
+            if j > 0:
+                tiles[i, j] = _blend(tiles[i, j - 1], tiles[i, j], blend[1], axis=3)
+        kept = [tiles[i, j][:, :, : out_tile[0] - blend[0], : out_tile[1] - blend[1]] for j in range(len(lefts))]
+        rows.append(jnp.concatenate(kept, axis=3))
+    return jnp.concatenate(rows, axis=2)
+
+
+def _map_tiles(run, x: Array, tops, lefts, tile) -> dict[tuple[int, int], Array]:
+    """{(row, column): run(tile)}; tiles of one shape share one loop, so programs do not grow with the number of tiles."""
+    groups = {}
+    for i, top in enumerate(tops):
+        for j, left in enumerate(lefts):
+            shape = min(tile[0], x.shape[2] - top), min(tile[1], x.shape[3] - left)
+            groups.setdefault(shape, []).append(((i, j), (top, left)))
+    tiles = {}
+    for (height, width), members in groups.items():
+
+        def one(start, height=height, width=width):
+            part = jax.lax.dynamic_slice_in_dim(x, start[0], height, axis=2)
+            return run(jax.lax.dynamic_slice_in_dim(part, start[1], width, axis=3))
+
+        outputs = jax.lax.map(one, jnp.array([start for _, start in members]))
+        tiles.update({index: outputs[n] for n, (index, _) in enumerate(members)})
+    return tiles
+
+
+def _blend(a: Array, b: Array, extent: int, axis: int) -> Array:
+    """b with its first `extent` lines along `axis` faded in from the last lines of a."""
+    extent = min(a.shape[axis], b.shape[axis], extent)
+    if extent == 0:
+        return b
+    shape = [1] * b.ndim
+    shape[axis] = extent
+    weight = (jnp.arange(extent) / extent).reshape(shape).astype(b.dtype)
+    tail = jax.lax.slice_in_dim(a, a.shape[axis] - extent, a.shape[axis], axis=axis)
+    head = jax.lax.slice_in_dim(b, 0, extent, axis=axis)
+    rest = jax.lax.slice_in_dim(b, extent, b.shape[axis], axis=axis)
+    return jnp.concatenate([tail * (1 - weight) + head * weight, rest], axis=axis)
