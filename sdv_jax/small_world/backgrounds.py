@@ -43,7 +43,7 @@ def _water(x, y, p) -> np.ndarray:
 def _night(x, y, p) -> np.ndarray:
     across, down = (0.15 + 0.7 * p[:, i, None, None] for i in (0, 1))
     glow = np.exp(-((x - across) ** 2 + (y - 0.6 * down) ** 2) / 0.08)
-    return 1.6 * glow + 0.8 * (y - 0.5) - 0.35
+    return 0.9 * glow + 0.8 * (y - 0.5) - 0.17
 
 
 def _snow(x, y, p) -> np.ndarray:
