@@ -7,7 +7,3 @@ class UserError(ValueError):
     The message is one line that says what is wrong, where, what was expected and found, and what to do. The command line
     prints it after `sdv: error:` and exits with status 2; library callers catch it as a `ValueError`.
     """
-
-
-class InputWarning(UserWarning):
-    """Something the user gave is used otherwise than they may expect (a prompt cut short); one line, like UserError's."""

@@ -23,6 +23,12 @@ def to_uint8(video: Float[np.ndarray, "*b t h w 3"]) -> UInt8[np.ndarray, "*b t 
     return np.round(np.clip(video, 0, 1) * 255).astype(np.uint8)
 
 
+def check_fps(fps: float) -> None:
+    """Raises UserError unless `fps` is a frame rate that an mp4 can hold."""
+    if not (math.isfinite(fps) and 0 < fps <= 1000):
+        raise UserError(f"fps is {fps}; expected a number above 0 and at most 1000")
+
+
 def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float, quality: int = 17) -> None:
     """An mp4 of H.264, yuv420p, BT.709: what browsers, phones and editors play.
 
@@ -35,8 +41,7 @@ def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "t h w 3"], *
     Raises:
       UserError: a frame rate that is not positive, no frames, or a place that cannot be written.
     """
-    if not (math.isfinite(fps) and 0 < fps <= 1000):
-        raise UserError(f"frame rate is {fps}; expected a number above 0 and at most 1000")
+    check_fps(fps)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.shape[0] == 0 or frames.dtype != np.uint8:
         raise UserError(f"video to write is {frames.dtype} {frames.shape}; expected uint8 [t,h,w,3] with at least one frame")
     height, width = frames.shape[1:3]

@@ -1,0 +1,198 @@
+"""The `sdv` command: parses what was typed and calls the library; no logic of its own.
+
+A mistake in the input is one line, `sdv: error: ...`, and exit status 2. Ctrl-C is one line and status 130.
+Nothing heavy is imported before it is known which command runs, so that `sdv --help` answers at once.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdv_jax.errors import UserError
+
+SHEET_FRAMES = 13  # pictures of a video on its contact sheet, evenly spread
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with its errors as UserErrors: one line instead of the usage text."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; `{self.prog} --help` lists what is accepted")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status. `arguments` are those of the command line where absent."""
+    logger, notes = logging.getLogger("sdv_jax"), logging.StreamHandler(sys.stderr)
+    notes.setFormatter(logging.Formatter("sdv: note: %(message)s"))
+    logger.addHandler(notes)
+    try:
+        parser = _parser()
+        options, options.overrides = parser.parse_known_args(arguments)
+        if options.overrides and options.run is not _train:
+            parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
+        options.run(options)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        return _fail("out of memory; try a smaller --height, --width or --num-frames, --tiling, or --dtype bfloat16", 2)
+    finally:
+        logger.removeHandler(notes)
+    return 0
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"sdv: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sdv", description="Subject-driven video generation in JAX.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (add_arguments, run, summary) in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+# MARK: convert, export
+
+
+def _convert_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="SRC", help="a diffusers pipeline folder")
+    command.add_argument("destination", metavar="DST", help="the folder to make; it must not exist")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the stored weights; absent: as in the source")
+    command.add_argument("--verify", action="store_true", help="afterwards compare every component with diffusers (needs torch)")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from sdv_jax.checkpoints import model_folder
+
+    model_folder.convert(options.source, options.destination, dtype=options.dtype)
+    if options.verify:
+        from sdv_jax.checkpoints import verify
+
+        print(verify.report(options.source, options.destination))
+
+
+def _export_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("paths", metavar="MODEL OUT", nargs="+", help="a converted folder and the diffusers folder to make")
+    command.add_argument("--adapter", help="export this adapter instead; then only OUT.safetensors follows")
+    command.add_argument("--format", choices=("diffusers", "comfyui", "peft"), default="diffusers", help="key names of the adapter file")
+
+
+def _export(options: argparse.Namespace) -> None:
+    wanted = 1 if options.adapter else 2
+    if len(options.paths) != wanted:
+        shape = "--adapter ADAPTER OUT.safetensors" if options.adapter else "MODEL OUT"
+        raise UserError(f"export takes {shape}, found {len(options.paths)} paths: {' '.join(options.paths)}")
+    if options.adapter:
+        from sdv_jax.checkpoints import adapter_files
+
+        adapter_files.export(options.adapter, options.paths[0], format=options.format)
+    else:
+        from sdv_jax.checkpoints import model_folder
+
+        model_folder.export(*options.paths)
+
+
+# MARK: sample
+
+
+def _sample_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--model", required=True, metavar="DIR", help="a converted folder or a diffusers pipeline folder")
+    add("--prompt", required=True, metavar="TEXT", help="what the video shows")
+    add("--out", required=True, metavar="VIDEO.mp4", help="the video; a contact sheet of the same name, .png, comes beside it")
+    add("--reference", nargs="+", action="extend", default=[], metavar="IMAGE", help="pictures of the subject")
+    add("--reference-fit", choices=("crop", "pad"), default="crop", help="crop pictures to the video's shape (default), or pad them")
+    add("--adapter", metavar="PATH", help="a folder that training left, or a LoRA .safetensors file")
+    add("--adapter-alpha", type=float, metavar="A", help="alpha of a LoRA file that does not say it (default: its rank)")
+    add("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
+    add("--height", type=int, metavar="H", help="pixels (default: the model's own)")
+    add("--width", type=int, metavar="W", help="pixels (default: the model's own)")
+    add("--num-frames", type=int, metavar="N", help="frames (default: the model's own)")
+    add("--steps", type=int, metavar="N", help="denoising steps (default: 50)")
+    add("--guidance", type=float, metavar="G", help="strength of the prompt (default: 6; 1 switches guidance off)")
+    add("--dynamic-guidance", action="store_true", help="CogVideoX's cosine law over the steps")
+    add("--scheduler", metavar="NAME", help="ddim or dpm (default: as the model says)")
+    add("--seed", type=int, default=0, metavar="S", help="same seed, same video (default: 0)")
+    add("--fps", type=float, default=8.0, metavar="F", help="frames per second of the file (default: 8)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and computation")
+    add("--tiling", action="store_true", help="decode in tiles: less memory")
+    add("--quiet", action="store_true", help="no progress bars")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from sdv_jax.data.files import check_writable
+    from sdv_jax.data.images import fit_image, read_image
+    from sdv_jax.data.video import check_fps, to_uint8, write_contact_sheet, write_video
+
+    out = check_writable(options.out, what="video")
+    if out.suffix.lower() != ".mp4":
+        raise UserError(f"--out {out} does not end in .mp4; videos are written as mp4, name it {out.with_suffix('.mp4').name}")
+    check_fps(options.fps)
+    pictures = [read_image(path) for path in options.reference]
+
+    from sdv_jax.pipeline import load_pipeline
+
+    pipe = load_pipeline(
+        options.model, adapter=options.adapter, adapter_alpha=options.adapter_alpha, dtype=options.dtype, progress=not options.quiet
+    )
+    video = pipe(
+        options.prompt, reference=pictures or None, negative_prompt=options.negative_prompt, height=options.height,
+        width=options.width, num_frames=options.num_frames, steps=options.steps, guidance=options.guidance, seed=options.seed,
+        scheduler=options.scheduler, dynamic_guidance=options.dynamic_guidance, reference_fit=options.reference_fit,
+        tiling=options.tiling, progress=not options.quiet,
+    )  # fmt: skip
+    frames = to_uint8(video[0])
+    height, width = frames.shape[1:3]
+    shown = [to_uint8(fit_image(p, height=height, width=width, fit=options.reference_fit) / 2 + 0.5) for p in pictures]
+    count = min(len(frames), SHEET_FRAMES)
+    shown += [frames[round(i * (len(frames) - 1) / max(count - 1, 1))] for i in range(count)]
+    write_video(out, frames, fps=options.fps)
+    write_contact_sheet(out.with_suffix(".png"), [shown])
+    print(f"{out}  {len(frames)} frames of {width}x{height}, contact sheet {out.with_suffix('.png')}")
+
+
+# MARK: train, demo
+
+
+def _train_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--config", required=True, metavar="FILE", help="a Python file such as configs/base.py")
+    command.add_argument("--workdir", required=True, metavar="DIR", help="where the run leaves everything; an interrupted run goes on")
+    command.epilog = "--config.SECTION.KEY=VALUE sets a key of the config, for example --config.train.steps=100."
+
+
+def _train(options: argparse.Namespace) -> None:
+    from sdv_jax.train import config, loop
+
+    loop.run(config.load(options.config, options.overrides), Path(options.workdir))
+
+
+def _demo_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workdir", default="runs/demo", metavar="DIR", help="where the results go (default: runs/demo)")
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from sdv_jax.small_world import demo
+
+    demo.run(options.workdir)
+
+
+_COMMANDS = {
+    "convert": (_convert_arguments, _convert, "A published checkpoint to a folder of this project."),
+    "export": (_export_arguments, _export, "Back to a diffusers pipeline folder, or an adapter to a file for other tools."),
+    "sample": (_sample_arguments, _sample, "A prompt, and pictures of a subject, to a video."),
+    "train": (_train_arguments, _train, "Train an adapter, or a model, as a config file says."),
+    "demo": (_demo_arguments, _demo, "The whole path on the small world: train, sample, score."),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,333 @@
+"""From a prompt, and pictures of a subject if there are any, to a video.
+
+    pipe = sdv_jax.load_pipeline("model", adapter="adapter")
+    video = pipe("a <cls> subject drifting left over sand", reference="subject.png", seed=1)     # numpy [1, t, h, w, 3]
+
+Scales. The VAE's own latents come out of `encode` and go into `decode`. Everything the transformer sees (`latents`,
+`reference_latents`, `denoise`) is multiplied by the VAE's `scaling_factor`; `pipe.scaling_factor` is that number.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sdv_jax.adapters.reference import sample_latents
+from sdv_jax.data.images import fit_image, read_image
+from sdv_jax.diffusion import classifier_free, conditional, dynamic_scale, make_solver, sample
+from sdv_jax.errors import UserError
+from sdv_jax.models.cogvideox.vae import Tiling
+from sdv_jax.programs import Program
+from sdv_jax.progress import Progress
+from sdv_jax.request import (
+    OUTPUTS,
+    SCHEDULERS,
+    Geometry,
+    Request,
+    check_array,
+    check_choice,
+    check_request,
+    check_video_size,
+)
+from sdv_jax.typing import Array, Float, Int
+
+DTYPES = ("float32", "bfloat16")
+
+
+class Pipeline:
+    """A loaded model. Made by `load_pipeline`; call it to make videos.
+
+    Every program takes the weights as arguments and is compiled once for given shapes. Results depend on the arguments and
+    the seed only: the same call gives the same bits.
+    """
+
+    def __init__(self, *, transformer, vae, text_encoder, tokenizer, scheduler, config: dict, adaln_lora: str = "all",
+                 dtype: str = "float32", mesh=None, seconds: dict | None = None):
+        self.config = config
+        self.scheduler = scheduler
+        self.geometry = Geometry.of(transformer.config, vae.config)
+        self.scaling_factor: float = vae.config.scaling_factor
+        self.text_length: int = transformer.config.max_text_seq_length
+        self.text_width: int = transformer.config.text_embed_dim
+        self._tiling = Tiling.default(vae.config)
+        self.dtype = jnp.dtype(dtype)
+        self.seconds: dict[str, float] = seconds or {}  # stage -> seconds of the latest call, or of loading before the first
+        self._tokenizer = tokenizer
+        self._mesh, self._adaln_lora = mesh, adaln_lora
+        self._transformer, self._vae, self._text_encoder = map(nnx.split, (transformer, vae, text_encoder))
+
+    def __call__(self, prompt: str | Sequence[str], reference=None, negative_prompt: str | Sequence[str] = "",
+                 height: int | None = None, width: int | None = None, num_frames: int | None = None,
+                 steps: int | None = None, guidance: float | None = None, seed: int = 0,
+                 latents=None, reference_latents=None, step_noise=None, output: str = "video", *,
+                 scheduler: str | None = None, dynamic_guidance: bool = False, reference_fit: str = "crop",
+                 tiling: bool = False, progress: bool = True) -> np.ndarray:
+        """Videos, one per prompt: float32 [b, t, h, w, 3] in [0, 1], or with output="latents" their latents [b, t', h', w', c].
+
+        Args:
+          prompt: a text or a list of them. A text of more tokens than the model reads is cut, with a warning.
+          reference: a picture of the subject (path, Pillow image, array [h, w, 3] of uint8 or of floats in [0, 1]), several
+            as a list or as [k, h, w, 3]; every video of the batch sees all of them.
+          negative_prompt: what to steer away from; one text, or one per prompt.
+          height, width, num_frames: in pixels and frames. Where absent: as `latents` have them, else the model's own.
+          steps, guidance: 50 and 6.0 where absent. Guidance of 1 or less runs the model once per step instead of twice.
+          seed: decides the initial noise, the draw of the reference's latents and the solver's noise.
+          latents: [b, t', h', w', c], the initial noise instead of a drawn one.
+          reference_latents: [b, k, h', w', c] or [k, h', w', c] instead of `reference`, in the transformer's scale.
+          step_noise: [steps, b, t', h', w', c], what a stochastic solver adds in each step instead of drawing it.
+          scheduler: "ddim" or "dpm" instead of the checkpoint's own.
+          dynamic_guidance: CogVideoX's cosine law over the steps instead of a constant scale.
+          reference_fit: "crop" fills the frame and cuts what overhangs, "pad" shows the whole picture on white.
+          tiling: decode (and encode) in overlapping tiles: less memory, slightly different pixels.
+          progress: show what is being done on stderr. `self.seconds` is filled either way.
+
+        Raises:
+          UserError: one line, before anything is computed.
+        """
+        check_choice(output, "output", OUTPUTS)
+        request = check_request(
+            self.geometry, prompt=prompt, negative_prompt=negative_prompt, size=(num_frames, height, width), steps=steps,
+            guidance=guidance, seed=seed, train_timesteps=self.scheduler.num_train_timesteps, latents=latents,
+        )
+        solver = make_solver(self._scheduler(scheduler), request.steps)
+        bars = Progress(shown=progress)
+        with self._on_mesh():
+            pictures = self._references(request, reference, reference_latents, fit=reference_fit, tiling=tiling, bars=bars)
+            start, noise = self._noise(request, latents, step_noise)
+            text = self._prompts(request, bars)
+            scales = dynamic_scale(request.guidance, solver.timesteps) if dynamic_guidance else request.guidance
+            scales = np.broadcast_to(np.asarray(scales, np.float32), (request.steps,))
+            result = self._denoise_all(request, solver, start, text, pictures, scales, noise, bars)
+            if output == "video":
+                result = self._decode(result * (1 / self.scaling_factor), tiling=tiling, bars=bars)
+                result = np.clip(np.asarray(result, np.float32) / 2 + 0.5, 0, 1)
+        self.seconds = bars.seconds
+        return np.asarray(result, np.float32)
+
+    def denoise(self, latents: Float[Array, "b t h w c"], text_embeddings: Float[Array, "b s d"], timesteps: Int[Array, " b"],
+                reference_latents: Float[Array, "b k h w c"] | None = None) -> Float[Array, "b t h w c"]:
+        """One call of the transformer: its raw prediction. Latents are in the transformer's scale.
+
+        Raises UserError for shapes that do not fit the model or each other.
+        """
+        g = self.geometry
+        check_array(latents, "latents", ["b", "t", "h", "w", g.channels])
+        batch, _, height, width, _ = np.shape(latents)
+        if height % g.patch or width % g.patch:
+            raise UserError(f"latents have shape {tuple(np.shape(latents))}; height and width must divide by {g.patch}")
+        check_array(text_embeddings, "text_embeddings", [batch, "s", self.text_width])
+        if np.shape(timesteps) != (batch,):
+            raise UserError(f"timesteps has shape {np.shape(timesteps)}; expected [{batch}], one per example")
+        if reference_latents is not None:
+            check_array(reference_latents, "reference_latents", [batch, "k", height, width, g.channels])
+            reference_latents = self._put(reference_latents)
+        graph, state = self._transformer
+        with self._on_mesh():
+            return _PREDICT(
+                state, self._put(latents), self._put(text_embeddings), jax.device_put(jnp.asarray(timesteps, jnp.int32), self._replicated),
+                reference_latents, graph=graph, adaln_lora=self._adaln_lora, progress=Progress(shown=False),
+            )
+
+    def encode(self, video: Float[Array, "b t h w 3"], *, tiling: bool = False) -> tuple[Array, Array]:
+        """(mean, logvar) of the VAE's posterior, each [b, t', h', w', c], before scaling. `video` is in [-1, 1].
+
+        Raises UserError for a length or a size that the VAE cannot encode.
+        """
+        check_video_size(np.shape(video), self.geometry)
+        check_array(video, "video", ["b", "t", "h", "w", 3])
+        with self._on_mesh():
+            return self._encode(self._put(video), tiling=tiling, bars=Progress(shown=False))
+
+    def decode(self, latents: Float[Array, "b t h w c"], *, tiling: bool = False) -> Float[Array, "b t h w 3"]:
+        """Video in [-1, 1] (not clipped) from latents in the VAE's scale, as the mean that `encode` returns.
+
+        For latents in the transformer's scale: `pipe.decode(latents / pipe.scaling_factor)`.
+        """
+        check_array(latents, "latents", ["b", "t", "h", "w", self.geometry.channels])
+        with self._on_mesh():
+            return self._decode(self._put(latents), tiling=tiling, bars=Progress(shown=False))
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Float[Array, "b s d"]:
+        """Text embeddings, padded to the model's text length; padding is attended to, as CogVideoX was trained."""
+        with self._on_mesh():
+            return self._encode_prompt(prompts, Progress(shown=False))
+
+    # MARK: stages of a call
+
+    def _references(self, request: Request, reference, reference_latents, *, fit: str, tiling: bool, bars: Progress) -> Array | None:
+        """[b, k, h', w', c] in the transformer's scale, or None."""
+        batch, (_, *shape) = len(request.prompts), self.geometry.latent_shape(1, request.height, request.width)
+        if reference is not None and reference_latents is not None:
+            raise UserError("reference and reference_latents are both given; give one of them")
+        if reference_latents is not None:
+            lead = ["k"] if np.ndim(reference_latents) == 4 else [batch, "k"]
+            check_array(reference_latents, "reference_latents", [*lead, *shape])
+            given = self._put(reference_latents)
+            return jnp.broadcast_to(given, (batch, *given.shape[-4:]))
+        if reference is None:
+            return None
+        pictures = [read_image(picture) for picture in _pictures(reference)]
+        frames = np.stack([fit_image(p, height=request.height, width=request.width, fit=fit) for p in pictures])[:, None]
+        with bars.stage("encoding reference"):
+            mean, logvar = self._encode(self._put(frames), tiling=tiling, bars=bars)
+            drawn = sample_latents(mean, logvar, self.scaling_factor, _keys(request.seed)[1])
+            return jnp.broadcast_to(drawn.astype(self.dtype)[None, :, 0], (batch, len(pictures), *shape))
+
+    def _noise(self, request: Request, latents, step_noise) -> tuple[Array, Array | None]:
+        """(initial latents, noise per step or None) in the pipeline's dtype."""
+        shape = (len(request.prompts), *self.geometry.latent_shape(request.num_frames, request.height, request.width))
+        if step_noise is not None:
+            check_array(step_noise, "step_noise", [request.steps, *shape])
+            step_noise = jax.device_put(jnp.asarray(step_noise, jnp.float32), self._replicated)
+        if latents is None:
+            return self._put(jax.random.normal(_keys(request.seed)[0], shape, jnp.float32)), step_noise
+        check_array(latents, "latents", shape)
+        return self._put(latents), step_noise
+
+    def _prompts(self, request: Request, bars: Progress) -> tuple[Array, Array | None]:
+        """(embeddings, embeddings of the negative prompts or None without guidance)."""
+        count = len(request.prompts)
+        with bars.stage("encoding prompt"):
+            both = self._encode_prompt(request.prompts + (request.negatives if request.guided else []), bars)
+            jax.block_until_ready(both)
+        return both[:count], both[count:] if request.guided else None
+
+    def _denoise_all(self, request, solver, start, text, pictures, scales, noise, bars: Progress) -> Array:
+        graph, state = self._transformer
+        conditions, negative = text
+        arguments = (state, start, conditions, negative, pictures, jax.device_put(jnp.asarray(scales), self._replicated),
+                     jax.device_put(_keys(request.seed)[2], self._replicated), noise)
+        static = dict(graph=graph, solver=solver, adaln_lora=self._adaln_lora)
+        run = _SAMPLE.compiled(*arguments, progress=bars, **static)
+        with bars.stage("denoising", total=request.steps) as advance, _reporting_to(advance):
+            result = jax.block_until_ready(run(*arguments))
+            jax.effects_barrier()  # the last reports may still be on their way
+        return result
+
+    def _encode_prompt(self, prompts, bars: Progress) -> Array:
+        ids, _ = self._tokenizer.tokenize(prompts, max_length=self.text_length)
+        graph, state = self._text_encoder
+        return _TEXT(state, jax.device_put(jnp.asarray(ids), self._replicated), graph=graph, progress=bars)
+
+    def _encode(self, video: Array, *, tiling: bool, bars: Progress) -> tuple[Array, Array]:
+        graph, state = self._vae
+        return _ENCODE(state, video, graph=graph, tiling=self._tiling if tiling else None, progress=bars)
+
+    def _decode(self, latents: Array, *, tiling: bool, bars: Progress) -> Array:
+        graph, state = self._vae
+        run = _DECODE.compiled(state, latents, graph=graph, tiling=self._tiling if tiling else None, progress=bars)
+        with bars.stage("decoding"):
+            return jax.block_until_ready(run(state, latents))
+
+    def _scheduler(self, name: str | None):
+        if name is None:
+            return self.scheduler
+        return dataclasses.replace(self.scheduler, class_name=SCHEDULERS[check_choice(name, "scheduler", tuple(SCHEDULERS))])
+
+    @property
+    def _replicated(self):
+        return None if self._mesh is None else jax.NamedSharding(self._mesh, jax.P())
+
+    def _put(self, array) -> Array:
+        return jax.device_put(jnp.asarray(array, self.dtype), self._replicated)
+
+    def _on_mesh(self):
+        return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+
+# MARK: loading
+
+
+def load_pipeline(path: str | os.PathLike, adapter: str | os.PathLike | None = None, adapter_alpha: float | None = None,
+                  dtype: str = "float32", mesh=None, *, progress: bool = True) -> Pipeline:
+    """The model in `path`, a converted folder or a diffusers pipeline folder, ready to be called.
+
+    Args:
+      adapter: a LoRA: a folder that training left, or a .safetensors file of diffusers or PEFT.
+      adapter_alpha: for files that do not say; absent means alpha = rank.
+      dtype: of weights and computation, "float32" or "bfloat16".
+      mesh: where to spread the weights, with the axes that the family's sharding table names; None is one device.
+
+    Raises:
+      UserError: one line, for anything that is wrong with the folder, the adapter or how the two fit.
+    """
+    check_choice(dtype, "dtype", DTYPES)
+    if adapter is None and adapter_alpha is not None:
+        raise UserError("adapter_alpha is given without an adapter; give both, or neither")
+    bars = Progress(shown=progress)
+    config = model_folder.read_config(path)
+    with bars.stage("loading"):
+        parts = {part: model_folder.load_component(path, part, dtype, mesh) for part in COMPONENTS}
+        tokenizer = Tokenizer(pathlib.Path(path) / "tokenizer")
+    if adapter is not None:
+        with bars.stage("loading adapter"):
+            adapter_files.load(parts["transformer"], adapter, alpha=adapter_alpha)
+    return Pipeline(**parts, tokenizer=tokenizer, scheduler=SchedulerConfig.from_dict(config["scheduler"]), config=config,
+                    dtype=dtype, mesh=mesh, seconds=bars.seconds)
+
+
+def _pictures(reference) -> list:
+    """One entry per picture: a list as it is, an array [k, h, w, c] taken apart, anything else alone."""
+    if isinstance(reference, (list, tuple)):
+        if not reference:
+            raise UserError("reference is an empty list; give at least one picture, or none at all")
+        return list(reference)
+    if np.ndim(reference) == 4 if hasattr(reference, "ndim") else False:
+        return list(reference)
+    return [reference]
+
+
+def _keys(seed: int) -> tuple[Array, Array, Array]:
+    """Independent keys for the initial noise, the reference's latents and the solver."""
+    return tuple(jax.random.fold_in(jax.random.key(seed), use) for use in range(3))
+
+
+# MARK: programs
+
+
+def _predict(state, latents, text, timesteps, reference, *, graph, adaln_lora):
+    return nnx.merge(graph, state)(latents, text, timesteps, reference=reference, adaln_lora=adaln_lora)
+
+
+def _sample(state, latents, text, negative, reference, scales, key, step_noise, *, graph, solver, adaln_lora):
+    def predict(x, timesteps, conditions):
+        text, reference = conditions
+        return _predict(state, x, text, timesteps, reference, graph=graph, adaln_lora=adaln_lora)
+
+    conditions = text, reference
+    # The subject is in both halves: guidance strengthens the text alone.
+    denoise = conditional(predict, conditions) if negative is None else classifier_free(
+        predict, conditions, negative=(negative, reference))
+    return sample(denoise, solver, latents, guidance=scales, key=key, step_noise=step_noise, progress=_report)
+
+
+_TEXT = Program(lambda state, ids, *, graph: nnx.merge(graph, state)(ids), name="text encoder", static=("graph",))
+_ENCODE = Program(lambda state, video, *, graph, tiling: nnx.merge(graph, state).encode(video, tiling=tiling),
+                  name="encoder", static=("graph", "tiling"))
+_DECODE = Program(lambda state, latents, *, graph, tiling: nnx.merge(graph, state).decode(latents, tiling=tiling),
+                  name="decoder", static=("graph", "tiling"))
+_PREDICT = Program(_predict, name="transformer", static=("graph", "adaln_lora"))
+_SAMPLE = Program(_sample, name="denoiser", static=("graph", "solver", "adaln_lora"))
+
+# The compiled loop reports to whoever stands here: the callback is part of the program, so it has to be the same every time.
+_listeners: list[Callable[[], None]] = []
+
+
+def _report(finished: int, steps: int) -> None:
+    for advance in _listeners:
+        advance()
+
+
+@contextmanager
+def _reporting_to(advance: Callable[[], None]) -> Iterator[None]:
+    _listeners.append(advance)
+    try:
+        yield
+    finally:
+        _listeners.remove(advance)
