@@ -1,0 +1,84 @@
+"""Every key of a training run, with its default: adapting a text-to-video model to a subject, with paper A's settings.
+
+Not meant to be run as it is (`model.path` and `data` are empty); the other files in this folder override what differs.
+"Paper A" is arXiv 2504.17816. Where the paper is silent the comment says "our choice".
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    config.model = model = ConfigDict()
+    model.path = ""  # folder of the base model (converted or diffusers); empty = random weights from the three tables below
+    model.dtype = "float32"  # dtype of the frozen base weights: float32 | bfloat16
+    model.transformer = ConfigDict(convert_dict=False)  # without model.path: the keys of transformer/config.json
+    model.text_encoder = ConfigDict(convert_dict=False)  # without model.path: the keys of text_encoder/config.json
+    model.scheduler = ConfigDict(convert_dict=False)  # without model.path: the keys of scheduler_config.json
+
+    config.data = data = ConfigDict()
+    data.identity = ""  # prepared subject-image pairs (a folder), or "small_world"
+    data.motion = ""  # prepared captioned clips (a folder), or "small_world"
+    data.small_world = ConfigDict(convert_dict=False)  # options of the pools behind the name "small_world"
+
+    config.train = train = ConfigDict()
+    train.objective = "subject"  # subject (identity and motion, one of them per step) | text_to_video
+    train.mode = "lora"  # lora (adapter only) | full (all weights of the transformer)
+    train.steps = 4000  # optimiser steps of the whole run (paper A)
+    train.seed = 0  # of the run key: every stochastic choice of a step is a function of (seed, step)
+    train.dtype = "float32"  # dtype of the activations: float32 | bfloat16 (paper A: bfloat16); losses are float32
+    train.ema_decay = 0.0  # moving average of the trained weights, used for samples and the result; 0 = none
+    train.save_every = 500  # steps between checkpoints
+    train.keep = 2  # checkpoints kept
+    train.log_every = 10  # steps between TensorBoard points and progress-bar values (metrics.jsonl has every step)
+    train.sample_every = 0  # steps between sample sheets; 0 = none
+
+    config.switch = switch = ConfigDict()
+    switch.motion_probability = 0.2  # probability that a step trains motion instead of identity (paper A: p)
+
+    config.identity = identity = ConfigDict()
+    identity.batch_size = 32  # pairs per identity step (paper A: 256 in the text, 32 in the supplement)
+    identity.view_drop = 0.5  # probability that the reference is absent in an identity step (paper A; whole reference: our choice)
+
+    config.motion = motion = ConfigDict()
+    motion.batch_size = 32  # clips per motion step (paper A)
+    motion.token_drop = 0.5  # fraction of reference tokens removed in a motion step (paper A; fixed count: our choice)
+
+    config.text_to_video = text_to_video = ConfigDict()
+    text_to_video.batch_size = 64  # clips per text_to_video step
+    text_to_video.image_batch_size = 0  # still images (targets of data.identity) added to each text_to_video step
+    text_to_video.image_weight = 0.2  # share of the still images in the loss
+
+    config.text = text = ConfigDict()
+    text.dropout = 0.1  # probability that an example's caption is replaced by the empty prompt (not in paper A: our choice)
+    text.train_encoder = False  # train the text encoder with the transformer (mode full, data with token ids)
+
+    config.noise = noise = ConfigDict()
+    noise.timesteps = "uniform"  # law of the training timestep: uniform (CogVideoX) | logit_normal
+    noise.logit_mean = 0.0  # mean of the logit of t / T under logit_normal
+    noise.logit_std = 1.0  # standard deviation of the logit of t / T under logit_normal
+
+    config.lora = lora = ConfigDict()
+    lora.rank = 128  # paper A
+    lora.alpha = 64.0  # paper A; the update is scaled by alpha / rank
+    lora.dropout = 0.2  # paper A: on the input of the adapter, in training only
+    lora.targets = (  # paper A: PEFT suffixes; "proj" also matches patch_embed.proj and ff.net.0.proj
+        "to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2",
+    )  # fmt: skip
+    lora.adaln = "all"  # streams on which the adapter of the adaLN linears acts: all (the released runs) | reference (as meant)
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adamw"  # adamw (paper A) | muon (block matrices by Muon, the rest by Adam)
+    optimizer.learning_rate = 5e-5  # peak (paper A)
+    optimizer.beta1 = 0.9  # paper A
+    optimizer.beta2 = 0.95  # paper A
+    optimizer.epsilon = 1e-8  # of Adam
+    optimizer.weight_decay = 1e-4  # decoupled, on matrices only (not in paper A: our choice)
+    optimizer.clip = 1.0  # global gradient norm (paper A)
+    optimizer.warmup = 200  # steps of linear warm-up (paper A)
+    optimizer.schedule = "cosine"  # cosine (with restarts, paper A) | constant, after the warm-up
+    optimizer.cycles = 1  # cosine cycles over the run (number of restarts not in paper A: our choice)
+    optimizer.decay_steps = 0  # step at which the last cycle ends; 0 = train.steps
+
+    return config

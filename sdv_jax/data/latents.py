@@ -1,0 +1,147 @@
+"""Prepared data: clips or images as VAE moments, their reference frames as VAE moments, captions as token ids or embeddings.
+
+On disk a dataset is one folder: `dataset.json` (kind of text, scaling factor, shapes, captions) and one `.npy` per array, read by
+memory mapping. An image is a clip of one frame, so pairs and clips have the same form:
+
+    mean, logvar                        [n, t, h, w, c]   what is denoised
+    reference_mean, reference_logvar    [n, k, h, w, c]   k single images encoded each on its own: the frames of the clip, or the
+                                                          views of the subject; a training step draws one of them
+    text                                [n, s, e] float embeddings, or [n, s] int32 token ids
+    empty_text                          [s, e] or [s]     the empty prompt, for text dropout
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from sdv_jax.errors import UserError
+
+MOMENTS = ("mean", "logvar", "reference_mean", "reference_logvar")
+ARRAYS = (*MOMENTS, "text", "empty_text")
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentDataset:
+    """Arrays as in the module's docstring; `scaling_factor` is the VAE's, and is not yet applied to the moments."""
+
+    mean: np.ndarray
+    logvar: np.ndarray
+    reference_mean: np.ndarray
+    reference_logvar: np.ndarray
+    text: np.ndarray
+    empty_text: np.ndarray
+    captions: tuple[str, ...]
+    scaling_factor: float
+
+    def __post_init__(self):
+        n = len(self.captions)
+        sizes = {name: len(getattr(self, name)) for name in (*MOMENTS, "text")}
+        if n == 0 or set(sizes.values()) != {n}:
+            raise UserError(f"prepared data: expected one row per caption in every array, found {n} captions and rows {sizes}")
+        if self.mean.shape != self.logvar.shape or self.reference_mean.shape != self.reference_logvar.shape:
+            raise UserError(f"prepared data: means and log-variances differ in shape ({_shapes(self)})")
+        if self.mean.shape[2:] != self.reference_mean.shape[2:]:
+            raise UserError(f"prepared data: references and targets differ in height, width or channels ({_shapes(self)})")
+        if self.text.shape[1:] != self.empty_text.shape:
+            raise UserError(f"prepared data: empty_text must have the shape of one row of text ({_shapes(self)})")
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def has_token_ids(self) -> bool:
+        """Whether `text` holds token ids, which a training step encodes, instead of embeddings."""
+        return self.text.ndim == 2
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The named rows of every per-example array: a batch with a leading axis of len(indices)."""
+        return {name: np.take(getattr(self, name), indices, axis=0) for name in (*MOMENTS, "text")}
+
+
+def save(dataset: LatentDataset, folder: str | Path) -> None:
+    """Writes the dataset; `dataset.json` last, so that an interrupted folder is not mistaken for a whole one."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ARRAYS:
+        np.save(folder / f"{name}.npy", getattr(dataset, name))
+    about = {
+        "format_version": FORMAT_VERSION,
+        "scaling_factor": dataset.scaling_factor,
+        "shapes": {name: list(getattr(dataset, name).shape) for name in ARRAYS},
+        "captions": list(dataset.captions),
+    }
+    (folder / "dataset.json").write_text(json.dumps(about))
+
+
+def load(folder: str | Path) -> LatentDataset:
+    """Reads what `save` wrote, arrays memory-mapped. Raises UserError when something is missing or does not fit."""
+    folder = Path(folder)
+    if not (folder / "dataset.json").is_file():
+        raise UserError(f"prepared data {folder}: no dataset.json there; make it with `sdv prepare`, or use \"small_world\"")
+    try:
+        about = json.loads((folder / "dataset.json").read_text())
+        if about["format_version"] != FORMAT_VERSION:
+            raise UserError(f"prepared data {folder}: format {about['format_version']}, expected {FORMAT_VERSION}; prepare it again")
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        found = {name: list(array.shape) for name, array in arrays.items()}
+        if found != about["shapes"]:
+            raise UserError(f"prepared data {folder}: arrays have shapes {found}, dataset.json says {about['shapes']}")
+        return LatentDataset(**arrays, captions=tuple(about["captions"]), scaling_factor=about["scaling_factor"])
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"prepared data {folder}: unreadable ({error}); prepare it again") from error
+
+
+def row_order(count: int, batch_size: int, position: int, seed: Sequence[int]) -> np.ndarray:
+    """Rows of the `position`-th batch of an endless stream: epoch after epoch, each shuffled on its own.
+
+    A pure function of its arguments, so that a resumed run continues in the middle of an epoch without any stored state.
+    """
+    first = position * batch_size
+    rows = np.arange(first, first + batch_size)
+    epochs = rows // count
+    orders = {int(e): np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, int(e)]))).permutation(count) for e in np.unique(epochs)}
+    return np.asarray([orders[int(e)][r % count] for e, r in zip(epochs, rows)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Batches of one dataset. `seed` is (run seed, stream number): streams of one run are shuffled differently."""
+
+    dataset: LatentDataset
+    batch_size: int
+    seed: tuple[int, ...]
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        return self.dataset.batch(row_order(len(self.dataset), self.batch_size, position, self.seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBatches:
+    """Random access from a training step to its batch: which streams the step reads, and at which position of each.
+
+    `plan[step]` is a mapping from the name of a part of the batch to (stream, position).
+    """
+
+    streams: Mapping[str, Stream]
+    plan: Sequence[Mapping[str, int]]
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, step: int) -> dict[str, dict[str, np.ndarray]]:
+        return {name: self.streams[name][position] for name, position in self.plan[int(step)].items()}
+
+
+def iterate(batches: StepBatches, start: int) -> Iterator[dict[str, dict[str, np.ndarray]]]:
+    """The batches from step `start` on, read ahead by one thread. Close the iterator when done."""
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    return iter(grain.MapDataset.source(batches)[start:].to_iter_dataset(options))
+
+
+def _shapes(dataset: LatentDataset) -> str:
+    return ", ".join(f"{name} {list(getattr(dataset, name).shape)}" for name in ARRAYS)

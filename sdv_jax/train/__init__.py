@@ -1,0 +1,1 @@
+"""Training: configuration, state, optimiser, one step, one loop, checkpoints, logs."""

@@ -1,0 +1,137 @@
+"""The training loop, on one page: set up, restore, step, log, save."""
+
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from sdv_jax.data import latents
+from sdv_jax.data.latents import LatentDataset
+from sdv_jax.errors import UserError
+from sdv_jax.objectives.denoising import Denoiser
+from sdv_jax.train import optimizer, plan, record, setup, state, step
+from sdv_jax.train.checkpointing import Checkpoints
+from sdv_jax.train.config import Config
+from sdv_jax.train.logging import RunLog
+
+# (model, steps done, folder): draws samples with fixed seeds and leaves a contact sheet in the folder.
+Sampler = Callable[[Denoiser, int, Path], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Where a run stopped: steps done, whether all of them, and the model with its trained (averaged) weights."""
+
+    steps: int
+    finished: bool
+    model: Denoiser
+
+
+def run(
+    config: Config, workdir: str | Path, *, sampler: Sampler | None = None, stop_after: int | None = None,
+    data: Mapping[str, LatentDataset] | None = None, parts: setup.Parts | None = None, shown: bool = True,
+) -> Result:  # fmt: skip
+    """Trains to `config.train.steps`, resuming the run that `workdir` holds, if any.
+
+    `stop_after` ends the run early, after that many steps in all, with a checkpoint. `data` and `parts` replace what the config
+    names. SIGTERM and SIGINT end the run after the current step, with a checkpoint; `Result.finished` is then False.
+    Raises UserError for a wrong config, data that do not fit, a workdir of another run, and a loss that is not finite.
+    """
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+
+    # ---- Data, model, plan ------------------------------------------------------------------------------------------
+    data = setup.datasets(config) if data is None else data
+    key = plan.run_key(config)
+    parts = parts or setup.parts(config, token_ids=any(dataset.has_token_ids for dataset in data.values()))
+    first = next(iter(data.values()), None)
+    objective = setup.objective(config, parts.schedule, first.scaling_factor if first else 1.0)
+    schedule = plan.make(config, data, objective, key)
+    record.claim(workdir, config)
+
+    # ---- State and compiled steps -----------------------------------------------------------------------------------
+    tx, rate = optimizer.make(config.optimizer, config.train.steps), optimizer.learning_rate(config.optimizer, config.train.steps)
+    graph, trained, frozen = state.split(parts.model, mode=config.train.mode, train_encoder=config.text.train_encoder)
+    current = state.create(trained, tx, ema=config.train.ema_decay > 0)
+    steps = {name: step.make(graph, loss, tx, rate, ema_decay=config.train.ema_decay) for name, loss in schedule.losses.items()}
+    empty_text = jnp.asarray(first.empty_text)
+    del parts, trained
+
+    # ---- Resume -----------------------------------------------------------------------------------------------------
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
+    start = checkpoints.latest() or 0
+    if start:
+        current = checkpoints.restore(current, key=key)
+    stop = min(config.train.steps, config.train.steps if stop_after is None else stop_after)
+
+    # ---- Steps ------------------------------------------------------------------------------------------------------
+    log = RunLog(workdir, start=start, steps=config.train.steps, log_every=config.train.log_every, shown=shown)
+    batches = latents.iterate(schedule.batches, start) if start < stop else None
+    done = start
+    try:
+        with _stop_requests() as requested:
+            while done < stop and not requested.is_set():
+                batch = jax.device_put(next(batches))
+                current, metrics = steps[schedule.programs[done]](current, frozen, key, batch, empty_text)
+                log.write(done, schedule.task(done), metrics)
+                done += 1
+                if done % config.train.save_every == 0 and done < stop:
+                    log.flush()
+                    checkpoints.save(done, current, key=key, position=schedule.position(done))
+                    log.restart_clock()
+                if sampler and config.train.sample_every and done % config.train.sample_every == 0:
+                    log.flush()
+                    sampler(state.join(graph, state.result(current), frozen), done, workdir / "samples")
+                    log.restart_clock()
+        log.flush()
+        checkpoints.save(done, current, key=key, position=schedule.position(done))
+    finally:
+        log.close()
+        checkpoints.close()
+        if batches is not None:
+            batches.close()
+
+    # ---- Result -----------------------------------------------------------------------------------------------------
+    model = state.join(graph, state.result(current), frozen)
+    finished = done == config.train.steps
+    if finished and config.train.mode == "lora":
+        record.save_adapter(workdir / "adapter", model, config)
+    return Result(done, finished, model)
+
+
+def load_trained(workdir: str | Path, *, averaged: bool = True) -> Denoiser:
+    """The model of a run with the weights of its newest checkpoint: the moving average, where one was kept and `averaged`."""
+    workdir = Path(workdir)
+    config = record.read(workdir)
+    data = setup.datasets(config)
+    parts = setup.parts(config, token_ids=any(dataset.has_token_ids for dataset in data.values()))
+    graph, trained, frozen = state.split(parts.model, mode=config.train.mode, train_encoder=config.text.train_encoder)
+    like = state.create(trained, optimizer.make(config.optimizer, config.train.steps), ema=config.train.ema_decay > 0)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
+    try:
+        if checkpoints.latest() is None:
+            raise UserError(f"{workdir}: no checkpoint there; train first")
+        found = checkpoints.restore(like, key=plan.run_key(config))
+    finally:
+        checkpoints.close()
+    return state.join(graph, state.result(found) if averaged else found.trained, frozen)
+
+
+@contextmanager
+def _stop_requests():
+    """An event set by SIGTERM or SIGINT. Outside the main thread, where Python allows no handlers, it is never set."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield requested
+        return
+    before = {number: signal.signal(number, lambda *_: requested.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield requested
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

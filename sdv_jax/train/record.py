@@ -1,0 +1,50 @@
+"""What a workdir says about its run: the resolved config, and the adapter at the end."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from sdv_jax.errors import UserError
+from sdv_jax.objectives.denoising import Denoiser
+from sdv_jax.train import config as configs
+from sdv_jax.train.config import Config
+
+# What may change when a run is resumed: its length, its housekeeping, and where things lie.
+FREE = (
+    "train.steps", "train.save_every", "train.keep", "train.log_every", "train.sample_every", "model.path", "data.identity", "data.motion",
+)  # fmt: skip
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Writes config.json; raises UserError if the workdir already holds a run with other settings."""
+    path = workdir / "config.json"
+    if path.exists():
+        before, now = _flat(read(workdir)), _flat(config)
+        changed = [key for key in now if key not in FREE and before[key] != now[key]]
+        if changed:
+            told = ", ".join(f"{key} {before[key]!r} -> {now[key]!r}" for key in changed)
+            raise UserError(f"{workdir} holds a run with other settings ({told}); use a new --workdir, or the same settings")
+    path.write_text(config.json())
+
+
+def read(workdir: Path) -> Config:
+    """The config of the run in `workdir`."""
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir}: no config.json there; expected the workdir of a training run")
+    try:
+        return configs.from_tree(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); restore it, or use a new --workdir") from error
+
+
+def save_adapter(folder: Path, model: Denoiser, config: Config) -> None:
+    """The trained adapter as files that this package and others load."""
+    from sdv_jax.checkpoints import adapter_files
+
+    adapter_files.save_adapter(model.transformer, folder, config=config.lora)
+
+
+def _flat(config: Config) -> dict[str, object]:
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {f"{section}.{name}": value for section, names in tree.items() for name, value in names.items()}
