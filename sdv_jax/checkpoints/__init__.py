@@ -1,0 +1,1 @@
+"""Checkpoints: conversion rules, the engine that applies them, safetensors and orbax folders."""

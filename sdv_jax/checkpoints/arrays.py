@@ -1,0 +1,136 @@
+"""Orbax checkpoints whose arrays are written block by block, so that a stack of layers never exists in memory.
+
+Orbax saves whole arrays; it is told here, through its own type registry, how to save a `Streamed` one: open a zarr array of the
+final shape and write the blocks as they come. Everything around the arrays (tree metadata, commit marks) is orbax's, and any
+orbax reader restores the result, into any sharding. Each block carries a CRC-32C, so that damaged bytes are an error and
+not a weight.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from sdv_jax.checkpoints.engine import Index, checksum
+from sdv_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """An array yet to be produced: `blocks` yields (where, values) in C order, each covering one chunk of shape `chunk`."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+    blocks: Callable[[], Iterator[tuple[Index, np.ndarray]]]
+
+
+class _StreamedHandler(ocp.type_handlers.TypeHandler):
+    """Writes `Streamed` leaves one after the other. On disk they are plain arrays, which orbax's own handlers read."""
+
+    def __init__(self, done: Callable[[str, int], None]):
+        self._done = done
+
+    def typestr(self) -> str:
+        return "np.ndarray"
+
+    async def serialize(self, values, infos, args=None):
+        for value, info in zip(values, infos):
+            await info.await_path_creation()
+            store = await ts.open(_spec(info.parent_dir / info.name) | {
+                "store_data_equal_to_fill_value": True,
+                "metadata": {
+                    "shape": list(value.shape), "data_type": value.dtype.name,
+                    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(value.chunk)}},
+                    "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+                },
+            }, create=True, open=True)
+            crc = 0
+            for index, block in value.blocks():
+                await store[index].write(block)
+                crc = checksum(block, crc)
+            self._done(info.name, crc)
+        return []
+
+    async def deserialize(self, infos, args=None):
+        raise NotImplementedError("arrays are read by orbax's own handlers")
+
+    async def metadata(self, infos):
+        raise NotImplementedError("arrays are read by orbax's own handlers")
+
+
+def save(folder: Path, arrays: Mapping[str, Streamed], *, done: Callable[[], None]) -> dict[str, int]:
+    """Writes `arrays` (by dotted path) as one orbax checkpoint in the new `folder`; returns their CRC-32 sums.
+
+    `done` is called after each array. The tree that orbax stores is nested dictionaries keyed by the parts of the paths.
+    """
+    sums = {}
+
+    def finished(name: str, crc: int) -> None:
+        sums[name] = crc
+        done()
+
+    registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamedHandler(finished)))
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
+    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder.absolute(), _nested(arrays))
+    return sums
+
+
+def open_array(folder: Path, path: str) -> ts.TensorStore:
+    """One array of a saved folder, unread. Raises UserError if it is missing or its description is damaged."""
+    try:
+        return ts.open(_spec(folder / path) | {"fill_missing_data_reads": False}, open=True, read=True).result()
+    except ValueError as error:
+        raise UserError(f"{folder}: array {path} is missing or damaged ({_first_line(error)}); convert the model again") from None
+
+
+def read(folder: Path, path: str, store: ts.TensorStore, index: Index | int, dtype: np.dtype) -> np.ndarray:
+    """Part of an array, as `dtype`. Raises UserError where blocks are missing or fail their checksum."""
+    try:
+        return ts.cast(store, dtype)[index].read().result()
+    except ValueError as error:
+        raise UserError(f"{folder}: array {path} is incomplete or damaged ({_first_line(error)}); convert the model again") from None
+
+
+def paths(folder: Path) -> set[str]:
+    """The dotted paths of the arrays in `folder`. Raises UserError if orbax never finished writing it."""
+    if not (folder / "_METADATA").is_file():
+        raise UserError(f"{folder}: not a complete set of arrays (no _METADATA); convert the model again")
+    return {entry.name for entry in folder.iterdir() if (entry / "zarr.json").is_file()}
+
+
+def _spec(folder: Path) -> dict:
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{Path(folder).absolute()}/"}}
+
+
+def _nested(flat: Mapping[str, Streamed]) -> dict:
+    tree = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:160]
+
+
+@contextmanager
+def _quiet():
+    """Orbax warns that arrays lie in plain files and carry no shardings, which is what is wanted here."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

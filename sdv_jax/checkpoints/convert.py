@@ -1,0 +1,156 @@
+"""From a diffusers pipeline folder to ours and back, one tensor at a time."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from sdv_jax.checkpoints import arrays, diffusers_folder, model_folder, safetensors_io
+from sdv_jax.checkpoints.engine import Leaf, Source
+from sdv_jax.checkpoints.model_folder import MODEL_FILE, Stored, file_sum
+from sdv_jax.checkpoints.safetensors_io import CODES, DTYPES, SHARD_BYTES, Output, rows_of, write_folder, write_json
+from sdv_jax.checkpoints.staging import staged
+from sdv_jax.errors import UserError
+from sdv_jax.progress import Progress
+
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def convert(src: str | os.PathLike, dst: str | os.PathLike, *, dtype: str | None = None, verify: bool = False,
+            progress: bool = True) -> None:
+    """Converts the diffusers pipeline `src` (a folder or a Hugging Face id) into the new folder `dst`.
+
+    Args:
+      dtype: "float32" or "bfloat16"; absent, every tensor keeps the dtype it has.
+      verify: run both models on random inputs before `dst` appears (see `verify.py`); needs torch and diffusers.
+      progress: show bars on stderr.
+
+    Raises:
+      UserError: one line, for anything that does not fit exactly. `dst` then does not exist.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise UserError(f"dtype: unknown value {dtype!r}; known: {', '.join(_DTYPES)}")
+    if verify:
+        from sdv_jax.checkpoints import verify as verification
+
+        verification.require_torch()
+    folder = diffusers_folder.locate(src)
+    config = diffusers_folder.read_config(folder) | {"source": str(src)}
+    family = model_folder.family_of(config, folder)
+    sources, errors = {}, []
+    for name in family.components:
+        try:
+            sources[name] = diffusers_folder.open_component(folder, family, name, config["config"][name])
+        except UserError as error:
+            errors.append(str(error))
+    diffusers_folder.raise_all(errors)
+    kinds = {name: {leaf.path: _DTYPES[dtype] if dtype else source.dtype_of(leaf) for leaf in source.leaves}
+             for name, source in sources.items()}
+    needed = sum(int(np.prod(leaf.shape)) * kinds[name][leaf.path].itemsize for name, source in sources.items() for leaf in source.leaves)
+    bars = Progress(shown=progress)
+    with staged(Path(dst), needed=needed) as partial:
+        sums = {}
+        for name, source in sources.items():
+            source.check_tied()
+            with bars.stage(name, total=len(source.leaves)) as advance:
+                sums[name] = _write_arrays(partial / name, source, kinds[name], advance)
+        shutil.copytree(folder / "tokenizer", partial / "tokenizer")
+        write_json(partial / MODEL_FILE, _describe(config, sources, kinds, sums, partial / "tokenizer", cast=dtype))
+        if verify:
+            verification.verify(folder, partial)
+
+
+def _write_arrays(folder: Path, source: Source, kinds: dict[str, np.dtype], advance) -> dict[str, str]:
+    def streamed(leaf: Leaf) -> arrays.Streamed:
+        kind = kinds[leaf.path]
+        return arrays.Streamed(leaf.shape, kind, leaf.chunk(kind), lambda: source.blocks(leaf, kind))
+
+    sums = arrays.save(folder, {leaf.path: streamed(leaf) for leaf in source.leaves}, done=advance)
+    return {path: f"{crc:08x}" for path, crc in sorted(sums.items())}
+
+
+def _describe(config: dict, sources: dict[str, Source], kinds: dict, sums: dict, tokenizer: Path, *, cast: str | None) -> dict:
+    """model.json. `tied` and `tensor_dtypes` hold what export could not know otherwise; mostly they are nearly empty."""
+    raw = {name: dict(values) for name, values in config["config"].items()}
+    tied, narrow = {}, {}
+    for name, source in sources.items():
+        tied[name] = {first: [tensor.name for tensor in tensors] for first, tensors in source.tied.items()}
+        narrow[name] = {} if cast else {
+            tensor: CODES[source.tensors[tensor].dtype] for leaf in source.leaves for tensor in leaf.names
+            if source.tensors[tensor].dtype != kinds[name][leaf.path]
+        }
+        for key in ("dtype", "torch_dtype"):  # transformers notes here what it loads by default
+            if cast and key in raw[name]:
+                raw[name][key] = cast
+    return {
+        **config, "config": raw,
+        "dtype": {name: "+".join(sorted({kind.name for kind in found.values()})) for name, found in kinds.items()},
+        "tied": tied, "tensor_dtypes": narrow,
+        "tokenizer": {str(f.relative_to(tokenizer)): file_sum(f) for f in sorted(tokenizer.rglob("*")) if f.is_file()},
+        "checksums": sums,
+    }
+
+
+# ---------------------------------------------------------------- back
+
+
+def export(model: str | os.PathLike, out: str | os.PathLike, *, shard_bytes: int = SHARD_BYTES, progress: bool = True) -> None:
+    """Writes the converted folder `model` as the diffusers pipeline folder `out`, tensors bit-equal to those that came in.
+
+    Weights beyond `shard_bytes` are split into files with an index, as diffusers does. Raises UserError if `model` is not an
+    intact converted folder or `out` cannot be written; `out` then does not exist.
+    """
+    folder = Path(model)
+    config = model_folder.read_config(folder)
+    if not (folder / MODEL_FILE).is_file():
+        raise UserError(f"{model}: is a diffusers pipeline folder already; expected a converted model")
+    family = model_folder.family_of(config, folder)
+    stored = {name: model_folder.open_stored(folder, name, config) for name in family.components}
+    if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
+        raise UserError(f"{folder / 'tokenizer'}: no tokenizer_config.json; convert the model again")
+    outputs = {name: _outputs(part, config["tensor_dtypes"][name], config["tied"][name]) for name, part in stored.items()}
+    bars = Progress(shown=progress)
+    with staged(Path(out), needed=sum(o.nbytes for found in outputs.values() for o in found)) as partial:
+        for name, found in outputs.items():
+            (partial / name).mkdir()
+            with bars.stage(name, total=len(found)) as advance:
+                counted = [Output(o.name, o.dtype, o.shape, _counted(o.blocks, advance)) for o in found]
+                write_folder(partial / name, family.components[name].stem, counted, shard_bytes=shard_bytes)
+            write_json(partial / name / "config.json", config["config"][name])
+        (partial / "scheduler").mkdir()
+        write_json(partial / "scheduler" / "scheduler_config.json", config["scheduler"])
+        shutil.copytree(folder / "tokenizer", partial / "tokenizer")
+        write_json(partial / "model_index.json", config["model_index"])
+
+
+def _outputs(stored: Stored, narrow: dict[str, str], tied: dict[str, list[str]]) -> list[Output]:
+    outputs = []
+    for leaf in stored.leaves:
+        for layer, name in enumerate(leaf.names):
+            dtype = DTYPES[narrow[name]] if name in narrow else stored.dtype_of(leaf)
+            outputs += [Output(written, dtype, leaf.tensor_shape, _Layer(stored, leaf, layer, dtype)) for written in tied.get(name, [name])]
+    return outputs
+
+
+class _Layer:
+    """The bytes of one torch tensor, read from the converted folder when iterated."""
+
+    def __init__(self, stored: Stored, leaf: Leaf, layer: int, dtype: np.dtype):
+        self._take = stored, leaf, layer, dtype
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        stored, leaf, layer, dtype = self._take
+        index = tuple(slice(0, n) for n in leaf.shape)
+        if leaf.rule.stacked:
+            values = stored.read(leaf, (slice(layer, layer + 1), *index[1:]), dtype)[0]
+        else:
+            values = stored.read(leaf, index, dtype)
+        yield from rows_of(leaf.rule.transform.to_torch(values))
+
+
+def _counted(blocks, advance) -> Iterator[np.ndarray]:
+    yield from blocks
+    advance()

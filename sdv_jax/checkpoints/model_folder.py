@@ -1,0 +1,168 @@
+"""A converted model on disk, and loading components from it or straight from a diffusers folder.
+
+    MODEL/
+      model.json         family, variant, every component's config and the scheduler's verbatim, dtypes, checksums
+      transformer/  vae/  text_encoder/     one orbax checkpoint each: a zarr array per leaf
+      tokenizer/         the files as they came
+"""
+
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from sdv_jax.checkpoints import arrays, diffusers_folder
+from sdv_jax.checkpoints.diffusers_folder import FORMAT_VERSION, open_component, parse_component, read_json
+from sdv_jax.checkpoints.engine import Index, Leaf, Source, checksum
+from sdv_jax.checkpoints.families import FAMILIES, Family
+from sdv_jax.checkpoints.safetensors_io import listing
+from sdv_jax.errors import UserError
+from sdv_jax.sharding import dotted, shardings
+
+MODEL_FILE = "model.json"
+_KEYS = ("format_version", "family", "variant", "source", "model_index", "config", "scheduler", "dtype", "checksums", "tokenizer")
+
+
+def read_config(path: str | os.PathLike) -> dict:
+    """What model.json says; for a diffusers pipeline folder, the same keys without dtypes and checksums.
+
+    Raises UserError if `path` is neither, or if what is there cannot be read or is unknown.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{path}: no such folder; expected a converted model or a diffusers pipeline folder")
+    if not (folder / MODEL_FILE).is_file():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"{path}: neither {MODEL_FILE} (a converted model) nor model_index.json (a diffusers pipeline)")
+        return diffusers_folder.read_config(folder)
+    config = read_json(folder / MODEL_FILE)
+    if config.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{folder / MODEL_FILE}: format_version is {config.get('format_version')!r}, expected {FORMAT_VERSION}; "
+                        "convert the model again")
+    if missing := [key for key in _KEYS if key not in config]:
+        raise UserError(f"{folder / MODEL_FILE}: no {', '.join(missing)}; convert the model again")
+    family_of(config, folder)
+    return config
+
+
+def family_of(config: dict, where: Path) -> Family:
+    """The family that model.json names."""
+    for family in FAMILIES:
+        if family.name == config["family"]:
+            return family
+    raise UserError(f"{where}: unknown family {config['family']!r}; known: {', '.join(f.name for f in FAMILIES)}")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One component of a converted folder; reads any part of any leaf. Same reading interface as `engine.Source`."""
+
+    folder: Path
+    leaves: tuple[Leaf, ...]
+    stores: dict
+
+    def dtype_of(self, leaf: Leaf) -> np.dtype:
+        return self.stores[leaf.path].dtype.numpy_dtype
+
+    def read(self, leaf: Leaf, index: Index, dtype: np.dtype) -> np.ndarray:
+        return arrays.read(self.folder, leaf.path, self.stores[leaf.path], index, dtype)
+
+
+def open_stored(folder: Path, name: str, config: dict) -> Stored:
+    """Component `name` of the converted `folder`, with its arrays checked by name and shape but not read."""
+    family = family_of(config, folder)
+    if name not in family.components or name not in config["config"]:
+        raise UserError(f"{folder}: no component {name!r}; it has {', '.join(config['config'])}")
+    parsed = parse_component(family, name, config["config"][name], folder / MODEL_FILE)
+    leaves = family.components[name].leaves(parsed)
+    wanted, found = {leaf.path for leaf in leaves}, arrays.paths(folder / name)
+    problems = [f"missing {path}" for path in sorted(wanted - found)] + [f"unexpected {path}" for path in sorted(found - wanted)]
+    stores = {path: arrays.open_array(folder / name, path) for path in sorted(wanted & found)}
+    problems += [f"{leaf.path} has shape {stores[leaf.path].shape}, expected {leaf.shape}"
+                 for leaf in leaves if leaf.path in stores and stores[leaf.path].shape != leaf.shape]
+    if problems:
+        raise UserError(f"{folder / name}: the arrays do not fit the config: {listing(problems)}")
+    return Stored(folder / name, leaves, stores)
+
+
+def load_component(path: str | os.PathLike, name: str, dtype="float32", mesh: jax.sharding.Mesh | None = None, *,
+                   check: bool = False) -> nnx.Module:
+    """Component `name` ("transformer", "vae", "text_encoder") with its weights as `dtype`, spread over `mesh` if there is one.
+
+    `path` is a converted folder or a diffusers pipeline folder. Leaves are read one at a time, and with a mesh each device's
+    part only. `check` compares the checksums of a converted folder first. Raises UserError for anything wrong on disk.
+    """
+    folder = Path(path)
+    config = read_config(folder)
+    family = family_of(config, folder)
+    if name not in family.components:
+        raise UserError(f"{folder}: no component {name!r}; a {family.name} model has {', '.join(family.components)}")
+    parsed = parse_component(family, name, config["config"][name], folder / name / "config.json")
+    if (folder / MODEL_FILE).is_file():
+        if check:
+            check_sums(folder, config, name)
+        source = open_stored(folder, name, config)
+    else:
+        source = open_component(folder, family, name, config["config"][name])
+        source.check_tied()
+    graph, state = nnx.split(family.components[name].abstract(parsed, dtype=jnp.dtype(dtype)))
+    return nnx.merge(graph, fill(state, source, dtype=jnp.dtype(dtype), placement=_placement(family, name, state, mesh)))
+
+
+def fill(state: nnx.State, source: Source | Stored, *, dtype: np.dtype, placement: dict) -> nnx.State:
+    """The abstract `state` with arrays read from `source`, one leaf after the other."""
+    leaves = {leaf.path: leaf for leaf in source.leaves}
+    filled = []
+    for path, variable in nnx.to_flat_state(state):
+        leaf = leaves[dotted(path)]
+        filled.append((path, variable.replace(_array(leaf, _reader(source, leaf, dtype), placement[leaf.path], dtype))))
+    return nnx.from_flat_state(filled)
+
+
+def _reader(source: Source | Stored, leaf: Leaf, dtype: np.dtype) -> Callable[[Index], np.ndarray]:
+    return lambda index: source.read(leaf, index, dtype)
+
+
+def _array(leaf: Leaf, read: Callable[[Index], np.ndarray], sharding, dtype: np.dtype) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(read(tuple(slice(0, n) for n in leaf.shape)), dtype)
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+
+def _placement(family: Family, name: str, state: nnx.State, mesh) -> dict:
+    table = family.sharding() if mesh is not None else ()
+    return {dotted(path): sharding for path, sharding in nnx.to_flat_state(shardings(state, table, mesh))}
+
+
+def check_sums(path: str | os.PathLike, config: dict | None = None, *names: str) -> None:
+    """Reads every array of the named components (all, if none is named) and compares with the checksums in model.json.
+
+    Raises one UserError that lists what differs.
+    """
+    folder = Path(path)
+    config = config or read_config(folder)
+    wrong = []
+    for name in names or config["config"]:
+        stored = open_stored(folder, name, config)
+        for leaf in stored.leaves:
+            crc, dtype = 0, stored.dtype_of(leaf)
+            for index in leaf.blocks(leaf.chunk(dtype)):
+                crc = checksum(stored.read(leaf, index, dtype), crc)
+            if f"{crc:08x}" != config["checksums"].get(name, {}).get(leaf.path):
+                wrong.append(f"{name}/{leaf.path}")
+    for file, expected in config["tokenizer"].items() if not names else ():
+        if not (folder / "tokenizer" / file).is_file() or file_sum(folder / "tokenizer" / file) != expected:
+            wrong.append(f"tokenizer/{file}")
+    if wrong:
+        raise UserError(f"{folder}: changed since conversion (checksums differ): {listing(wrong)}; convert the model again")
+
+
+def file_sum(file: Path) -> str:
+    """CRC-32 of a small file, as model.json writes it."""
+    return f"{zlib.crc32(file.read_bytes()):08x}"

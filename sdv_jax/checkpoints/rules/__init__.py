@@ -1,0 +1,1 @@
+"""Conversion rules: one table per component, read in both directions."""

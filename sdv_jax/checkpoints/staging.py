@@ -1,0 +1,57 @@
+"""Folders that appear complete or not at all: written under another name next to their place, then renamed."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdv_jax.errors import UserError
+
+_SLACK = 64 * 2**20  # json files, tokenizer, file system overhead
+
+
+@contextmanager
+def staged(destination: Path, *, needed: int) -> Iterator[Path]:
+    """Yields a new folder that becomes `destination` when the block ends without an error, and vanishes when it does not.
+
+    What a killed process left behind is removed by the next one; while a process lives, nobody else can write here. Raises
+    UserError if `destination` exists, its parent cannot be written, or the disk has less than `needed` bytes free.
+    """
+    destination = destination.absolute()
+    if destination.exists() or destination.is_symlink():
+        raise UserError(f"{destination}: exists already; remove it or choose another destination")
+    partial = destination.with_name(f".{destination.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{destination.parent}: cannot write here ({error.strerror})") from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{destination}: another process is writing it now") from None
+        try:
+            _empty(partial)
+            free = shutil.disk_usage(destination.parent).free
+            if free < needed + _SLACK:
+                raise UserError(f"{destination.parent}: not enough disk: {_gigabytes(needed + _SLACK)} needed, {_gigabytes(free)} free")
+            yield partial
+            os.rename(partial, destination)
+        except OSError as error:
+            raise UserError(f"{destination}: writing failed ({error.strerror or error})") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
