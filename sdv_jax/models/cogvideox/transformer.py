@@ -87,7 +87,6 @@ class Transformer(nnx.Module):
         self.norm_final = LayerNorm(c.width, **norm)
         self.norm_out = AdaLayerNormOut(c.time_embed_dim, c.width, **norm, rngs=rngs)
         self.proj_out = Linear(c.width, c.patch_size**2 * c.out_channels, dtype=dtype, rngs=rngs)
-        self.remat = True  # training recomputes each block's activations; small models may switch it off for speed
 
     def __call__(self, latents: Float[Array, "b t h w c"], text: Float[Array, "b s e"], timesteps: Int[Array, " b"], *,
                  reference: Float[Array, "b k h w c"] | None = None, reference_index: Int[Array, "b r"] | None = None,
@@ -122,7 +121,7 @@ class Transformer(nnx.Module):
         def apply(block, x):
             return block(x, time, table, lengths=lengths, adaln_lora=adaln_lora)
 
-        x = scan_blocks(self.blocks, x, apply, remat=self.remat)
+        x = scan_blocks(self.blocks, x, apply)
         x = self.norm_final(x[:, sum(lengths):])
         x = self.proj_out(self.norm_out(x, time))
         return rearrange(x, "b (t h w) (c p q) -> b t (h p) (w q) c", t=frames, h=height, w=width, p=p, q=p)
