@@ -20,7 +20,12 @@ def get_config() -> ConfigDict:
     config.data = data = ConfigDict()
     data.identity = ""  # prepared subject-image pairs (a folder), or "small_world"
     data.motion = ""  # prepared captioned clips (a folder), or "small_world"
-    data.small_world = ConfigDict(convert_dict=False)  # options of the pools behind the name "small_world"
+
+    config.small_world = small_world = ConfigDict()  # what the name "small_world" in `data` stands for
+    small_world.pairs = 4096  # subject-image pairs, each of another subject
+    small_world.clips = 2048  # clips, each of another subject
+    small_world.seed = 0  # of both pools
+    small_world.marked_clips = True  # put <cls> before the subject in the captions of clips too
 
     config.train = train = ConfigDict()
     train.objective = "subject"  # subject (identity and motion, one of them per step) | text_to_video

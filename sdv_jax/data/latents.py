@@ -11,6 +11,7 @@ memory mapping. An image is a clip of one frame, so pairs and clips have the sam
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -96,7 +97,7 @@ def load(folder: str | Path) -> LatentDataset:
         raise UserError(f"prepared data {folder}: unreadable ({error}); prepare it again") from error
 
 
-def row_order(count: int, batch_size: int, position: int, seed: Sequence[int]) -> np.ndarray:
+def row_order(count: int, batch_size: int, position: int, seed: tuple[int, ...]) -> np.ndarray:
     """Rows of the `position`-th batch of an endless stream: epoch after epoch, each shuffled on its own.
 
     A pure function of its arguments, so that a resumed run continues in the middle of an epoch without any stored state.
@@ -104,8 +105,12 @@ def row_order(count: int, batch_size: int, position: int, seed: Sequence[int]) -
     first = position * batch_size
     rows = np.arange(first, first + batch_size)
     epochs = rows // count
-    orders = {int(e): np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, int(e)]))).permutation(count) for e in np.unique(epochs)}
-    return np.asarray([orders[int(e)][r % count] for e, r in zip(epochs, rows)])
+    return np.concatenate([_order(count, (*seed, int(e)))[rows[epochs == e] % count] for e in np.unique(epochs)])
+
+
+@functools.lru_cache(maxsize=4)
+def _order(count: int, seed: tuple[int, ...]) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).permutation(count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,14 @@ class Model:
 class Data:
     identity: str
     motion: str
-    small_world: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallWorld:
+    pairs: int
+    clips: int
+    seed: int
+    marked_clips: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +122,7 @@ class Config:
 
     model: Model
     data: Data
+    small_world: SmallWorld
     train: Train
     switch: Switch
     identity: Identity
@@ -146,12 +154,12 @@ CHOICES = {
 PROBABILITIES = ("switch.motion_probability", "identity.view_drop", "text.dropout", "text_to_video.image_weight")
 BELOW_ONE = ("motion.token_drop", "lora.dropout", "train.ema_decay", "optimizer.beta1", "optimizer.beta2")
 POSITIVE = (
-    "train.steps", "train.save_every", "train.keep", "train.log_every", "identity.batch_size", "motion.batch_size",
+    "small_world.pairs", "small_world.clips", "train.steps", "train.save_every", "train.keep", "train.log_every", "identity.batch_size", "motion.batch_size",
     "text_to_video.batch_size", "lora.rank", "lora.alpha", "optimizer.learning_rate", "optimizer.clip", "optimizer.cycles",
     "noise.logit_std",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "train.seed", "train.sample_every", "text_to_video.image_batch_size", "optimizer.warmup", "optimizer.decay_steps",
+    "train.seed", "small_world.seed", "train.sample_every", "text_to_video.image_batch_size", "optimizer.warmup", "optimizer.decay_steps",
     "optimizer.weight_decay",
 )  # fmt: skip
 

@@ -46,7 +46,7 @@ def run(
     workdir.mkdir(parents=True, exist_ok=True)
 
     # ---- Data, model, plan ------------------------------------------------------------------------------------------
-    data = setup.datasets(config) if data is None else data
+    data = setup.datasets(config, workdir / "data") if data is None else data
     key = plan.run_key(config)
     parts = parts or setup.parts(config, token_ids=any(dataset.has_token_ids for dataset in data.values()))
     first = next(iter(data.values()), None)
@@ -108,7 +108,7 @@ def load_trained(workdir: str | Path, *, averaged: bool = True) -> Denoiser:
     """The model of a run with the weights of its newest checkpoint: the moving average, where one was kept and `averaged`."""
     workdir = Path(workdir)
     config = record.read(workdir)
-    data = setup.datasets(config)
+    data = setup.datasets(config, workdir / "data")
     parts = setup.parts(config, token_ids=any(dataset.has_token_ids for dataset in data.values()))
     graph, trained, frozen = state.split(parts.model, mode=config.train.mode, train_encoder=config.text.train_encoder)
     like = state.create(trained, optimizer.make(config.optimizer, config.train.steps), ema=config.train.ema_decay > 0)

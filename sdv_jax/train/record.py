@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from sdv_jax.checkpoints import adapter_files
 from sdv_jax.errors import UserError
 from sdv_jax.objectives.denoising import Denoiser
 from sdv_jax.train import config as configs
@@ -40,9 +41,9 @@ def read(workdir: Path) -> Config:
 
 def save_adapter(folder: Path, model: Denoiser, config: Config) -> None:
     """The trained adapter as files that this package and others load."""
-    from sdv_jax.checkpoints import adapter_files
-
-    adapter_files.save_adapter(model.transformer, folder, config=config.lora)
+    adapter_files.save(
+        model.transformer, folder, targets=config.lora.targets, adaln_lora=config.lora.adaln, base=Path(config.model.path).name
+    )
 
 
 def _flat(config: Config) -> dict[str, object]:

@@ -1,35 +1,54 @@
 """From a configuration to the things a loop needs: datasets, model, objective."""
 
 import dataclasses
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sdv_jax.adapters import lora
+from sdv_jax.checkpoints import model_folder
 from sdv_jax.data import latents
 from sdv_jax.data.latents import LatentDataset
 from sdv_jax.diffusion.schedules import Schedule, SchedulerConfig
 from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox.transformer import Transformer, TransformerConfig
 from sdv_jax.models.text.t5 import T5Config, T5Encoder
+from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.objectives.denoising import Denoiser, Objective
+from sdv_jax.small_world import pool, prepared
+from sdv_jax.small_world.world import World
 from sdv_jax.train import plan
 from sdv_jax.train.config import Config
+
+SMALL_WORLD = "small_world"
+TEXTS_AT_ONCE = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A model ready to be trained, its noise schedule, and where its weights came from ("" = random)."""
+    """A model ready to be trained, and its noise schedule."""
 
     model: Denoiser
     schedule: Schedule
 
 
-def datasets(config: Config) -> dict[str, LatentDataset]:
-    """The prepared data a run reads, checked to agree on its VAE and its empty prompt."""
-    found = {name: latents.load(getattr(config.data, name)) for name in plan.needed(config) if getattr(config.data, name)}
+def datasets(config: Config, cache: Path) -> dict[str, LatentDataset]:
+    """The prepared data a run reads, checked to agree on its VAE and its empty prompt.
+
+    Data of the small world are rendered and encoded once and kept in `cache`, by what made them.
+    """
+    sources = {name: getattr(config.data, name) for name in plan.needed(config)}
+    found = {
+        name: _small_world(config, name, cache) if source == SMALL_WORLD else latents.load(source)
+        for name, source in sources.items() if source
+    }  # fmt: skip
     first = next(iter(found.values()), None)
     for name, dataset in found.items():
         if dataset.scaling_factor != first.scaling_factor or dataset.empty_text.shape != first.empty_text.shape:
@@ -60,13 +79,54 @@ def objective(config: Config, schedule: Schedule, scaling_factor: float) -> Obje
     )  # fmt: skip
 
 
-def _load(config: Config, token_ids: bool) -> tuple[Denoiser, Schedule]:
-    from sdv_jax.checkpoints import model_folder
+def _small_world(config: Config, name: str, cache: Path) -> LatentDataset:
+    about = repr((name, config.small_world, config.model.path, config.text.train_encoder))
+    folder = cache / f"{name}_{zlib.crc32(about.encode()):08x}"
+    if not (folder / "dataset.json").is_file():
+        latents.save(_render(config, name), folder)
+    return latents.load(folder)
 
+
+def _render(config: Config, name: str) -> LatentDataset:
+    path, options = config.model.path, config.small_world
+    if not path:
+        raise UserError(f'config key \'data.{name}\' is "small_world", which needs the VAE and tokenizer of model.path, and that is empty')
+    vae = model_folder.load_component(path, "vae")
+    encode = partial(prepared.dataset, vae, vae.config.scaling_factor, encode_text=_text_reader(path, embed=not config.text.train_encoder))
+    if name == "identity":
+        pairs = pool.pair_pool(World(), options.seed, options.pairs)
+        return encode(pairs.target[:, None], pairs.reference[:, None], pairs.captions)
+    clips = pool.clip_pool(World(), options.seed, options.clips, marked=options.marked_clips)
+    return encode(clips.video, clips.video, clips.captions)
+
+
+def _text_reader(path: str, *, embed: bool) -> prepared.EncodeText:
+    """Captions to embeddings, or to token ids where the text encoder is trained along."""
+    tokenizer = Tokenizer(Path(path) / "tokenizer")
+    length = model_folder.read_config(path)["config"]["transformer"]["max_text_seq_length"]
+    encoder = nnx.split(model_folder.load_component(path, "text_encoder")) if embed else None
+
+    def read(captions: Sequence[str]) -> np.ndarray:
+        ids, _ = tokenizer.tokenize(captions, max_length=length)
+        if encoder is None:
+            return ids
+        unique, rows = np.unique(ids, axis=0, return_inverse=True)
+        parts = np.array_split(unique, -(-len(unique) // TEXTS_AT_ONCE))
+        return np.concatenate([_embed(*encoder, part) for part in parts])[rows]
+
+    return read
+
+
+@partial(jax.jit, static_argnums=0)
+def _embed(graph, state, ids):
+    return nnx.merge(graph, state)(ids)
+
+
+def _load(config: Config, token_ids: bool) -> tuple[Denoiser, Schedule]:
     path, dtype = config.model.path, jnp.dtype(config.model.dtype)
-    transformer = model_folder.load_component(path, "transformer", dtype=dtype)
-    text_encoder = model_folder.load_component(path, "text_encoder", dtype=dtype) if token_ids else None
-    return Denoiser(transformer, text_encoder), Schedule(model_folder.read_config(path).scheduler)
+    transformer = model_folder.load_component(path, "transformer", dtype)
+    text_encoder = model_folder.load_component(path, "text_encoder", dtype) if token_ids else None
+    return Denoiser(transformer, text_encoder), Schedule(SchedulerConfig.from_dict(model_folder.read_config(path)["scheduler"]))
 
 
 def _random(config: Config, token_ids: bool) -> tuple[Denoiser, Schedule]:

@@ -1,0 +1,65 @@
+"""What `sdv train` does: the training loop, with sample sheets drawn by the pipeline."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from sdv_jax.adapters.reference import sample_latents
+from sdv_jax.checkpoints import model_folder
+from sdv_jax.data.latents import LatentDataset
+from sdv_jax.data.video import write_contact_sheet
+from sdv_jax.diffusion import SchedulerConfig
+from sdv_jax.errors import UserError
+from sdv_jax.models.text.tokenizer import Tokenizer
+from sdv_jax.objectives.denoising import Denoiser
+from sdv_jax.pipeline import Pipeline
+from sdv_jax.train import loop, setup
+from sdv_jax.train.config import Config
+
+ROWS = 4  # samples on a sheet
+STEPS = 20  # denoising steps of a sample: enough to judge by
+
+
+def train(config: Config, workdir: str | Path) -> loop.Result:
+    """Runs the loop; with `train.sample_every`, sheets go to `workdir/samples`. Raises as `loop.run` does."""
+    data = setup.datasets(config, Path(workdir) / "data")
+    sampler = Sheets(config, data) if config.train.sample_every else None
+    return loop.run(config, workdir, sampler=sampler, data=data)
+
+
+class Sheets:
+    """Draws the same samples at every call: the first rows of the data, one seed. Left on each row, the reference."""
+
+    def __init__(self, config: Config, data: dict[str, LatentDataset]):
+        path = config.model.path
+        if not path:
+            raise UserError("config key 'train.sample_every' is not 0, but samples need the VAE of model.path, which is empty; set one")
+        self.config, about = config, model_folder.read_config(path)
+        rows = next(iter(data.values()))
+        moments = [np.asarray(getattr(rows, name)[:ROWS, :1], np.float32) for name in ("reference_mean", "reference_logvar")]
+        self.references = np.asarray(sample_latents(*moments, rows.scaling_factor, jax.random.key(0)))
+        self.captions = list(rows.captions[:ROWS])
+        self.parts = {name: model_folder.load_component(path, name) for name in ("vae", "text_encoder")}
+        self.about, self.tokenizer = about, Tokenizer(Path(path) / "tokenizer")
+
+    def __call__(self, model: Denoiser, steps: int, folder: Path) -> None:
+        """Writes folder/step_NNNNNN.png."""
+        parts = self.parts | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
+        pipe = Pipeline(
+            transformer=model.transformer, tokenizer=self.tokenizer, scheduler=SchedulerConfig.from_dict(self.about["scheduler"]),
+            config=self.about, adaln_lora=self.config.lora.adaln, **parts,
+        )  # fmt: skip
+        subject = self.config.train.objective == "subject"
+        references = self.references if subject else None
+        videos = pipe(self.captions, reference_latents=references, steps=STEPS, seed=0, progress=False)
+        shown = [list(video) for video in videos]
+        if subject:
+            pictures = np.clip(np.asarray(pipe.decode(self.references / pipe.scaling_factor)) / 2 + 0.5, 0, 1)
+            shown = [[picture[0], *video] for picture, video in zip(pictures, shown)]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_contact_sheet(folder / f"step_{steps:06d}.png", [[_bytes(frame) for frame in row] for row in shown])
+
+
+def _bytes(frame: np.ndarray) -> np.ndarray:
+    return np.rint(255 * frame).astype(np.uint8)
