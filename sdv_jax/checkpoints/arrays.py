@@ -35,6 +35,8 @@ class _StreamedHandler(ocp.type_handlers.TypeHandler):
 
     def __init__(self, done: Callable[[str, int], None]):
         self._done = done
+        # One sync when the whole folder is complete, not one per block: thousands of small files would wait for the disk.
+        self._context = ts.Context({"file_io_sync": False})
 
     def typestr(self) -> str:
         return "np.ndarray"
@@ -49,7 +51,7 @@ class _StreamedHandler(ocp.type_handlers.TypeHandler):
                     "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(value.chunk)}},
                     "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
                 },
-            }, create=True, open=True)
+            }, create=True, open=True, context=self._context)
             crc = 0
             for index, block in value.blocks():
                 await store[index].write(block)
@@ -76,9 +78,10 @@ def save(folder: Path, arrays: Mapping[str, Streamed], *, done: Callable[[], Non
         done()
 
     registry = ocp.type_handlers.create_type_handler_registry((Streamed, _StreamedHandler(finished)))
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
-    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute(), _nested(arrays))
+    with _quiet():
+        handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, type_handler_registry=registry)
+        with ocp.Checkpointer(handler) as checkpointer:
+            checkpointer.save(folder.absolute(), _nested(arrays))
     return sums
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax
 from flax import nnx
 
 from sdv_jax.checkpoints.engine import Leaf, leaf_shapes, leaves_of
@@ -46,15 +47,20 @@ class Family:
     pipeline: str
     components: Mapping[str, Component]
     scheduler: Callable[[Mapping], object]
-    variants: Callable[[], Mapping]
-    sharding: Callable[[], Table]
+    variants: Mapping
+    sharding: Table
+    denoiser: str = "transformer"
 
     def variant(self, configs: Mapping[str, object]) -> str:
         """The published model these component configs are those of, or "custom"."""
-        for name, published in self.variants().items():
+        for name, published in self.variants.items():
             if all(getattr(published, component) == config for component, config in configs.items()):
                 return name
         return "custom"
+
+    def placement(self, name: str) -> Table:
+        """The sharding table of a component. Whatever the denoiser's table does not name elsewhere is small and replicated."""
+        return self.sharding if name == self.denoiser else (*self.sharding, (r"", jax.P()))
 
 
 def _fields(cls) -> Callable[[Mapping, Path], object]:
@@ -90,8 +96,8 @@ COGVIDEOX = Family(
                                   T5Encoder, lambda config: t5.ENCODER),
     },
     scheduler=SchedulerConfig.from_dict,
-    variants=lambda: getattr(models, "VARIANTS", {}),
-    sharding=lambda: getattr(models, "SHARDING", ()),
+    variants=models.VARIANTS,
+    sharding=models.SHARDING,
 )
 
 FAMILIES = (COGVIDEOX,)

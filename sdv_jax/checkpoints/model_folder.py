@@ -136,8 +136,7 @@ def _array(leaf: Leaf, read: Callable[[Index], np.ndarray], sharding, dtype: np.
 
 
 def _placement(family: Family, name: str, state: nnx.State, mesh) -> dict:
-    table = family.sharding() if mesh is not None else ()
-    return {dotted(path): sharding for path, sharding in nnx.to_flat_state(shardings(state, table, mesh))}
+    return {dotted(path): sharding for path, sharding in nnx.to_flat_state(shardings(state, family.placement(name), mesh))}
 
 
 def check_sums(path: str | os.PathLike, config: dict | None = None, *names: str) -> None:

@@ -39,6 +39,7 @@ def staged(destination: Path, *, needed: int) -> Iterator[Path]:
             if free < needed + _SLACK:
                 raise UserError(f"{destination.parent}: not enough disk: {_gigabytes(needed + _SLACK)} needed, {_gigabytes(free)} free")
             yield partial
+            os.sync()  # what the new name stands for must not be lost in a crash that the name survives
             os.rename(partial, destination)
         except OSError as error:
             raise UserError(f"{destination}: writing failed ({error.strerror or error})") from error
