@@ -8,7 +8,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from sdv_jax.errors import UserError
 
@@ -27,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logger, notes = logging.getLogger("sdv_jax"), logging.StreamHandler(sys.stderr)
     notes.setFormatter(logging.Formatter("sdv: note: %(message)s"))
     logger.addHandler(notes)
+    logger.propagate = False  # a library that configures the root logger would tell every note twice
     try:
         parser = _parser()
         options, options.overrides = parser.parse_known_args(arguments)
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("out of memory; try a smaller --height, --width or --num-frames, --tiling, or --dtype bfloat16", 2)
     finally:
         logger.removeHandler(notes)
+        logger.propagate = True
     return 0
 
 
@@ -65,26 +66,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", metavar="SRC", help="a diffusers pipeline folder")
+    command.add_argument("source", metavar="SRC", help="a diffusers pipeline folder, or a Hugging Face id")
     command.add_argument("destination", metavar="DST", help="the folder to make; it must not exist")
     command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the stored weights; absent: as in the source")
     command.add_argument("--verify", action="store_true", help="afterwards compare every component with diffusers (needs torch)")
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from sdv_jax.checkpoints import model_folder
+    from sdv_jax.checkpoints.convert import convert
 
-    model_folder.convert(options.source, options.destination, dtype=options.dtype)
-    if options.verify:
-        from sdv_jax.checkpoints import verify
-
-        print(verify.report(options.source, options.destination))
+    convert(options.source, options.destination, dtype=options.dtype, verify=options.verify)
+    print(options.destination)
 
 
 def _export_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("paths", metavar="MODEL OUT", nargs="+", help="a converted folder and the diffusers folder to make")
     command.add_argument("--adapter", help="export this adapter instead; then only OUT.safetensors follows")
     command.add_argument("--format", choices=("diffusers", "comfyui", "peft"), default="diffusers", help="key names of the adapter file")
+    command.add_argument("--adapter-alpha", type=float, metavar="A", help="alpha of an adapter that does not say it (default: its rank)")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -95,11 +94,12 @@ def _export(options: argparse.Namespace) -> None:
     if options.adapter:
         from sdv_jax.checkpoints import adapter_files
 
-        adapter_files.export(options.adapter, options.paths[0], format=options.format)
+        adapter_files.export(options.adapter, options.paths[0], format=options.format, alpha=options.adapter_alpha)
     else:
-        from sdv_jax.checkpoints import model_folder
+        from sdv_jax.checkpoints.convert import export
 
-        model_folder.export(*options.paths)
+        export(*options.paths)
+    print(options.paths[-1])
 
 
 # MARK: sample
@@ -171,9 +171,10 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from sdv_jax.train import config, loop
+    from sdv_jax import training
+    from sdv_jax.train import config
 
-    loop.run(config.load(options.config, options.overrides), Path(options.workdir))
+    training.train(config.load(options.config, options.overrides), options.workdir)
 
 
 def _demo_arguments(command: argparse.ArgumentParser) -> None:

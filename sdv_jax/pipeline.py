@@ -19,10 +19,12 @@ import numpy as np
 from flax import nnx
 
 from sdv_jax.adapters.reference import sample_latents
+from sdv_jax.checkpoints import adapter_files, model_folder
 from sdv_jax.data.images import fit_image, read_image
-from sdv_jax.diffusion import classifier_free, conditional, dynamic_scale, make_solver, sample
+from sdv_jax.diffusion import SchedulerConfig, classifier_free, conditional, dynamic_scale, make_solver, sample
 from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox.vae import Tiling
+from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.programs import Program
 from sdv_jax.progress import Progress
 from sdv_jax.request import (
@@ -38,6 +40,7 @@ from sdv_jax.request import (
 from sdv_jax.typing import Array, Float, Int
 
 DTYPES = ("float32", "bfloat16")
+COMPONENTS = ("transformer", "vae", "text_encoder")
 
 
 class Pipeline:
@@ -131,7 +134,7 @@ class Pipeline:
         with self._on_mesh():
             return _PREDICT(
                 state, self._put(latents), self._put(text_embeddings), jax.device_put(jnp.asarray(timesteps, jnp.int32), self._replicated),
-                reference_latents, graph=graph, adaln_lora=self._adaln_lora, progress=Progress(shown=False),
+                reference_latents, graph=graph, adaln_lora=self._adaln_lora, stage="denoising", progress=Progress(shown=False),
             )
 
     def encode(self, video: Float[Array, "b t h w 3"], *, tiling: bool = False) -> tuple[Array, Array]:
@@ -174,10 +177,9 @@ class Pipeline:
             return None
         pictures = [read_image(picture) for picture in _pictures(reference)]
         frames = np.stack([fit_image(p, height=request.height, width=request.width, fit=fit) for p in pictures])[:, None]
-        with bars.stage("encoding reference"):
-            mean, logvar = self._encode(self._put(frames), tiling=tiling, bars=bars)
-            drawn = sample_latents(mean, logvar, self.scaling_factor, _keys(request.seed)[1])
-            return jnp.broadcast_to(drawn.astype(self.dtype)[None, :, 0], (batch, len(pictures), *shape))
+        mean, logvar = self._encode(self._put(frames), tiling=tiling, bars=bars)
+        drawn = sample_latents(mean, logvar, self.scaling_factor, _keys(request.seed)[1])
+        return jnp.broadcast_to(drawn.astype(self.dtype)[None, :, 0], (batch, len(pictures), *shape))
 
     def _noise(self, request: Request, latents, step_noise) -> tuple[Array, Array | None]:
         """(initial latents, noise per step or None) in the pipeline's dtype."""
@@ -193,9 +195,7 @@ class Pipeline:
     def _prompts(self, request: Request, bars: Progress) -> tuple[Array, Array | None]:
         """(embeddings, embeddings of the negative prompts or None without guidance)."""
         count = len(request.prompts)
-        with bars.stage("encoding prompt"):
-            both = self._encode_prompt(request.prompts + (request.negatives if request.guided else []), bars)
-            jax.block_until_ready(both)
+        both = self._encode_prompt(request.prompts + (request.negatives if request.guided else []), bars)
         return both[:count], both[count:] if request.guided else None
 
     def _denoise_all(self, request, solver, start, text, pictures, scales, noise, bars: Progress) -> Array:
@@ -213,17 +213,15 @@ class Pipeline:
     def _encode_prompt(self, prompts, bars: Progress) -> Array:
         ids, _ = self._tokenizer.tokenize(prompts, max_length=self.text_length)
         graph, state = self._text_encoder
-        return _TEXT(state, jax.device_put(jnp.asarray(ids), self._replicated), graph=graph, progress=bars)
+        return _TEXT(state, jax.device_put(jnp.asarray(ids), self._replicated), graph=graph, stage="encoding prompt", progress=bars)
 
     def _encode(self, video: Array, *, tiling: bool, bars: Progress) -> tuple[Array, Array]:
         graph, state = self._vae
-        return _ENCODE(state, video, graph=graph, tiling=self._tiling if tiling else None, progress=bars)
+        return _ENCODE(state, video, graph=graph, tiling=self._tiling if tiling else None, stage="encoding picture", progress=bars)
 
     def _decode(self, latents: Array, *, tiling: bool, bars: Progress) -> Array:
         graph, state = self._vae
-        run = _DECODE.compiled(state, latents, graph=graph, tiling=self._tiling if tiling else None, progress=bars)
-        with bars.stage("decoding"):
-            return jax.block_until_ready(run(state, latents))
+        return _DECODE(state, latents, graph=graph, tiling=self._tiling if tiling else None, stage="decoding", progress=bars)
 
     def _scheduler(self, name: str | None):
         if name is None:
@@ -262,14 +260,25 @@ def load_pipeline(path: str | os.PathLike, adapter: str | os.PathLike | None = N
         raise UserError("adapter_alpha is given without an adapter; give both, or neither")
     bars = Progress(shown=progress)
     config = model_folder.read_config(path)
-    with bars.stage("loading"):
-        parts = {part: model_folder.load_component(path, part, dtype, mesh) for part in COMPONENTS}
-        tokenizer = Tokenizer(pathlib.Path(path) / "tokenizer")
-    if adapter is not None:
+    file = None if adapter is None else adapter_files.find_file(adapter)  # missed before gigabytes are read
+    with bars.stage("loading model", total=len(COMPONENTS)) as advance:
+        tokenizer, parts = Tokenizer(pathlib.Path(path) / "tokenizer"), {}
+        for name in COMPONENTS:
+            parts[name] = model_folder.load_component(path, name, dtype, mesh)
+            advance()
+    adaln_lora = "all"
+    if file is not None:
         with bars.stage("loading adapter"):
-            adapter_files.load(parts["transformer"], adapter, alpha=adapter_alpha)
+            adaln_lora = adapter_files.load(parts["transformer"], file, alpha=adapter_alpha).adaln_lora
+            _replicate_adapter(parts["transformer"], mesh)
     return Pipeline(**parts, tokenizer=tokenizer, scheduler=SchedulerConfig.from_dict(config["scheduler"]), config=config,
-                    dtype=dtype, mesh=mesh, seconds=bars.seconds)
+                    adaln_lora=adaln_lora, dtype=dtype, mesh=mesh, seconds=bars.seconds)
+
+
+def _replicate_adapter(transformer: nnx.Module, mesh) -> None:
+    if mesh is not None:
+        state = nnx.state(transformer, nnx.LoRAParam)
+        nnx.update(transformer, jax.device_put(state, jax.NamedSharding(mesh, jax.P())))
 
 
 def _pictures(reference) -> list:
@@ -278,9 +287,7 @@ def _pictures(reference) -> list:
         if not reference:
             raise UserError("reference is an empty list; give at least one picture, or none at all")
         return list(reference)
-    if np.ndim(reference) == 4 if hasattr(reference, "ndim") else False:
-        return list(reference)
-    return [reference]
+    return list(reference) if getattr(reference, "ndim", None) == 4 else [reference]
 
 
 def _keys(seed: int) -> tuple[Array, Array, Array]:

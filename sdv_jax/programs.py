@@ -17,31 +17,25 @@ class Program:
 
     def __init__(self, function: Callable, *, name: str, static: tuple[str, ...]):
         self.name = name
-        self._static = static
         self._jitted = jax.jit(function, static_argnames=static)
         self._compiled: dict[Any, Callable] = {}
 
-    def __call__(self, *arguments: Any, progress: Progress, **keywords: Any) -> Any:
-        """The result, not yet waited for. `keywords` hold every static keyword, and arrays by name."""
-        return self.compiled(*arguments, progress=progress, **keywords)(
-            *arguments, **{name: value for name, value in keywords.items() if name not in self._static}
-        )
+    def __call__(self, *arguments: Any, stage: str, progress: Progress, **static: Any) -> Any:
+        """The finished result; running is told as `stage`."""
+        run = self.compiled(*arguments, progress=progress, **static)
+        with progress.stage(stage):
+            return jax.block_until_ready(run(*arguments))
 
-    def compiled(self, *arguments: Any, progress: Progress, **keywords: Any) -> Callable:
-        """The executable for such arguments, compiled if it is new."""
-        key = self._key(arguments, keywords)
+    def compiled(self, *arguments: Any, progress: Progress, **static: Any) -> Callable:
+        """The executable for such arguments (arrays, trees of arrays, None), compiled if it is new."""
+        leaves, tree = jax.tree.flatten(arguments)
+        key = tuple(static.items()), tree, tuple((jax.typeof(leaf), leaf.sharding) for leaf in leaves)
         if key not in self._compiled:
             with progress.stage(f"compiling {self.name}"):
-                self._compiled[key] = self._jitted.lower(*arguments, **keywords).compile()
+                self._compiled[key] = self._jitted.lower(*arguments, **static).compile()
         return self._compiled[key]
 
     @property
     def count(self) -> int:
         """How many executables there are."""
         return len(self._compiled)
-
-    def _key(self, arguments: tuple, keywords: dict) -> tuple:
-        static = tuple(keywords[name] for name in self._static)
-        traced = {name: value for name, value in keywords.items() if name not in self._static}
-        leaves, tree = jax.tree.flatten((arguments, traced))
-        return static, tree, tuple((jax.typeof(leaf), leaf.sharding) for leaf in leaves)

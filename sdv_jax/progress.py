@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-_BAR = "{desc:<10} |{bar:24}| {n_fmt:>3}/{total_fmt:<3}"
-_NO_BAR = "{desc:<10}"
+_BAR = "{desc:<22} |{bar:24}| {n_fmt:>3}/{total_fmt:<3}"
+_NO_BAR = "{desc:<22}"
 
 
 class Progress:

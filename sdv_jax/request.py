@@ -5,6 +5,7 @@ import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
 
 from sdv_jax.errors import UserError
@@ -39,7 +40,7 @@ class Geometry:
             width=transformer.sample_width * spatial,
             num_frames=transformer.sample_frames,
             spatial=spatial,
-            temporal=vae.temporal_compression_ratio,
+            temporal=int(vae.temporal_compression_ratio),
             patch=transformer.patch_size,
             channels=transformer.in_channels,
         )
@@ -110,9 +111,10 @@ def check_array(array, name: str, shape: Sequence[int | str]) -> None:
         raise UserError(f"{name} has shape {tuple(found)}; expected [{wanted}]")
     if 0 in found:
         raise UserError(f"{name} has shape {tuple(found)}: it is empty; give at least one value per axis")
-    if not np.issubdtype(np.asarray(array).dtype, np.number) and "float" not in str(array.dtype):
-        raise UserError(f"{name} holds {np.asarray(array).dtype} values; expected floating-point numbers")
-    if not np.isfinite(np.asarray(array, np.float32)).all():
+    array = np.asarray(array)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise UserError(f"{name} holds {array.dtype} values; expected floating-point numbers")
+    if not np.isfinite(array.astype(np.float32)).all():
         raise UserError(f"{name} holds NaN or infinite values; expected finite numbers")
 
 
