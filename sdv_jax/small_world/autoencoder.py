@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox.vae import VAE, VAEConfig
+from sdv_jax.models.cogvideox.vae_blocks import SpatialNorm
 from sdv_jax.typing import Array, Float, Key, UInt8
 
 SampleBatch = Callable[[np.random.Generator, int], np.ndarray]
@@ -54,10 +56,10 @@ class AutoencoderConfig:
     """
 
     vae: VAEConfig = TINY_VAE
-    steps: int = 4000
-    batch_size: int = 16
-    images: int = 16
-    learning_rate: float = 2e-3
+    steps: int = 2400
+    batch_size: int = 2
+    images: int = 4
+    learning_rate: float = 5e-3
     warmup: int = 100
     weight_decay: float = 1e-4
     clip_norm: float = 1.0
@@ -84,7 +86,8 @@ def train(config: AutoencoderConfig, sample_batch: SampleBatch, *, workdir: str 
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    graph, params = nnx.split(VAE(config.vae, rngs=nnx.Rngs(config.seed)))
+    graph, params = nnx.split(well_conditioned(VAE(config.vae, rngs=nnx.Rngs(config.seed))))
+    params = nnx.to_pure_dict(params)
     optimizer = make_optimizer(config)
     state = (params, optimizer.init(params))
     start, state = _restore(workdir / "autoencoder.npz", config, state)
@@ -105,14 +108,49 @@ def train(config: AutoencoderConfig, sample_batch: SampleBatch, *, workdir: str 
 
 
 def make_optimizer(config: AutoencoderConfig) -> optax.GradientTransformation:
-    """AdamW with clipped gradients, linear warm-up and cosine decay to zero."""
+    """Muon for kernels, Adam for the rest; clipped gradients, linear warm-up and cosine decay to zero.
+
+    Muon sees a kernel as one matrix from all its taps and input channels to its outputs. It halved the steps that Adam needed
+    for the same loss here, and its updates are scaled to Adam's size (arXiv 2502.16982, 2.2) so that both share a rate.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(config.warmup, config.steps // 2), config.steps
     )
+    muon = optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=_matrices), optax.stateless(_like_adam))
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay),
+        optax.partition({"muon": muon, "adam": optax.scale_by_adam(b2=0.99)}, _labels),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
     )
+
+
+def _labels(params):
+    return jax.tree.map(lambda x: "muon" if x.ndim >= 4 and min(x.shape[-2:]) >= 4 else "adam", params)
+
+
+def _matrices(params):
+    def axes(x):
+        return optax.contrib.MuonDimensionNumbers(tuple(range(x.ndim - 1)), x.ndim - 1) if hasattr(x, "ndim") else None
+
+    return jax.tree.map(axes, params)
+
+
+def _like_adam(updates, _):
+    return jax.tree.map(lambda u: 0.2 * max(math.prod(u.shape[:-1]), u.shape[-1]) ** 0.5 * u, updates)
+
+
+def well_conditioned(vae: VAE) -> VAE:
+    """The same fresh model with a start that trains: the decoder's norms begin near the plain group norm instead of scaling by
+    random linear forms of the latents, and latents begin with little noise."""
+    for _, module in nnx.iter_modules(vae):
+        if isinstance(module, SpatialNorm):
+            module.conv_y.bias[...] = jnp.ones_like(module.conv_y.bias[...])
+            for conv in (module.conv_y, module.conv_b):
+                conv.kernel[...] *= 0.1
+    bias = vae.encoder.conv_out.bias
+    bias[...] = bias[...].at[bias.shape[0] // 2 :].set(-4.0)
+    return vae
 
 
 def make_step(config: AutoencoderConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:

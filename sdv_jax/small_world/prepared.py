@@ -1,0 +1,47 @@
+"""Small-world pools as prepared data: pixels through the VAE once, captions as token ids or embeddings."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, UInt8
+from tqdm import tqdm
+
+from sdv_jax.data.latents import LatentDataset
+from sdv_jax.models.cogvideox.vae import VAE
+
+# Captions -> one array row each; called with [""] for the empty prompt too.
+EncodeText = Callable[[Sequence[str]], np.ndarray]
+_AT_ONCE = 128  # frames per call of the encoder, which bounds memory
+
+
+def encode(vae: VAE, video: UInt8[np.ndarray, "n t h w 3"], *, desc: str = "encoding") -> tuple[np.ndarray, np.ndarray]:
+    """(mean, logvar) of every clip, each [n, t', h', w', c] float32, before scaling."""
+    graph, state = nnx.split(vae)
+    run = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(pixels.astype(jnp.float32) / 127.5 - 1))
+    size = max(1, _AT_ONCE // video.shape[1])
+    found = []
+    for start in tqdm(range(0, len(video), size), desc=desc, unit="batch"):
+        part = video[start : start + size]
+        padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])  # one shape, one compilation
+        found.append([np.asarray(moment)[: len(part)] for moment in run(state, padded)])
+    mean, logvar = (np.concatenate(parts) for parts in zip(*found))
+    return mean, logvar
+
+
+def dataset(vae: VAE, scaling_factor: float, video: UInt8[np.ndarray, "n t h w 3"], references: UInt8[np.ndarray, "n k h w 3"],
+            captions: Sequence[str], encode_text: EncodeText) -> LatentDataset:
+    """A prepared dataset: clips, and k reference images for each, encoded as single frames."""
+    mean, logvar = encode(vae, video, desc="encoding clips" if video.shape[1] > 1 else "encoding images")
+    n, k = references.shape[:2]
+    images = encode(vae, references.reshape(n * k, 1, *references.shape[2:]), desc="encoding references")
+    views = [moment.reshape(n, k, *moment.shape[2:]) for moment in images]
+    text = np.asarray(encode_text([*captions, ""]))
+    return LatentDataset(mean, logvar, *views, text[:-1], text[-1], tuple(captions), scaling_factor)
+
+
+def latent_scale(mean: Float[np.ndarray, "n t h w c"], logvar: Float[np.ndarray, "n t h w c"]) -> float:
+    """The scaling factor that gives sampled latents unit variance."""
+    return float(1 / np.sqrt(np.var(mean) + np.mean(np.exp(logvar))))
