@@ -1,8 +1,9 @@
-"""A T5 tokenizer of a few kilobytes for the captions of the small world, written without training and without a library.
+"""A T5 tokenizer of a few kilobytes for the captions of the small world, made without training or library.
 
-A SentencePiece model is a protobuf message (sentencepiece_model.proto); its unigram model with one piece per word of the grammar
-and one per printable character is small enough to write down. Every word of a caption is one piece, any other ASCII text is
-spelled. What is left out is what such a text never meets: Unicode normalisation, byte fallback, sentinels (`extra_ids` is 0).
+A SentencePiece model is a protobuf message (sentencepiece_model.proto); a unigram model with one piece per word of the
+grammar and one per printable character is small enough to write down. Every word of a caption is one piece, any other
+ASCII text is spelled. Left out is what such text never meets: Unicode normalisation, byte fallback, sentinels
+(`extra_ids` is 0).
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from sdv_jax.small_world.captions import MARKER, all_captions
 
-MAX_LENGTH = 16  # of a caption with its end token, what the small pipeline pads to
+MAX_LENGTH = 12  # of a caption with its end token, what the small pipeline pads to
 _PAD, _END, _UNKNOWN = "<pad>", "</s>", "<unk>"  # ids 0, 1, 2 as in every T5
 _NORMAL, _UNKNOWN_TYPE, _CONTROL = 1, 2, 3  # SentencePiece.Type
 _WORD_SCORE, _LETTER_SCORE = -2.0, -10.0  # log probabilities: a word always wins over its letters
@@ -22,7 +23,7 @@ _SPACE = "\u2581"
 def build_tokenizer(folder: str | Path) -> int:
     """Writes spiece.model, tokenizer_config.json and special_tokens_map.json; returns the number of pieces.
 
-    transformers' `T5Tokenizer.from_pretrained(folder)` and sentencepiece read the folder. The bytes are the same every time.
+    transformers' `T5Tokenizer.from_pretrained(folder)` and sentencepiece read it. The bytes are the same every time.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def build_tokenizer(folder: str | Path) -> int:
 
 
 def _pieces() -> list[tuple[str, float, int]]:
-    """(piece, score, type) in the order of the ids: specials, words in order of first use, the marker's parts, characters."""
+    """(piece, score, type) in the order of ids: specials, words in order of first use, the marker's parts, characters."""
     words = dict.fromkeys(word for text in all_captions() for word in text.split() if word != MARKER)
     parts = [_SPACE + word for word in words] + [_SPACE + MARKER[0], MARKER[1:-1]]
     letters = [_SPACE] + [c for c in string.printable if not c.isspace()]

@@ -1,0 +1,40 @@
+# Everything here needs Python >= 3.11, make and a C compiler; each target makes .venv and installs what it uses.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml
+
+.PHONY: demo test lint bench base clean
+
+demo: $(VENV)/.installed  ## convert the shipped base, train the adapter's last stretch, sample held-out subjects, score them
+	$(BIN)/sdv demo --workdir runs/demo
+
+test: $(VENV)/.tested  ## every test, on the CPU
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.tested
+	$(BIN)/python -m pip install -q ruff
+	$(BIN)/python -m ruff check sdv_jax tests configs launch convert benchmarks
+
+bench: $(VENV)/.tested  ## our sampling loop against diffusers, on the CPU
+	$(BIN)/python benchmarks/cpu_sample.py
+
+base: $(VENV)/.installed  ## train the shipped base again, from nothing: over an hour
+	$(BIN)/python -m sdv_jax.small_world.base --config configs/small_world_base.py --workdir runs/base --out runs/small-world-cogvideox
+
+$(VENV)/.made:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sdv_jax needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.made $(SOURCES)
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.made $(SOURCES)
+	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) runs
