@@ -46,7 +46,7 @@ class Leaf:
         rest = self.shape[1:] if self.rule.stacked else self.shape
         if int(np.prod(self.shape, dtype=np.int64)) * dtype.itemsize <= BLOCK_BYTES:
             return self.shape
-        rows = (rows_per_block(rest, dtype.itemsize), *rest[1:])
+        rows = (rows_per_block(rest, dtype.itemsize, BLOCK_BYTES), *rest[1:])
         return (1, *rows) if self.rule.stacked else rows
 
     def blocks(self, chunk: tuple[int, ...]) -> Iterator[Index]:

@@ -104,12 +104,17 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
 
     Raises UserError where there are no weights, where several variants leave the choice open, and where index and files disagree.
     """
-    names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    file = weights_file(folder)
+    return read_header(file) if file.suffix == ".safetensors" else _open_index(file)
+
+
+def weights_file(folder: Path) -> Path:
+    """The safetensors file or the index that holds the weights of `folder`; a name without a variant wins."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_file()) if folder.is_dir() else []
     indexes = [n for n in names if _is_weights(n) and n.endswith(".json")]
     singles = [n for n in names if _is_weights(n) and n.endswith(".safetensors") and not _SHARD.search(n)]
     candidates = indexes + singles
-    plain = [n for n in candidates if n in {f"{s}.safetensors" for s in STEMS} | {f"{s}.safetensors.index.json" for s in STEMS}]
-    chosen = plain or candidates
+    chosen = [n for n in candidates if variant_of(n) is None] or candidates
     if len(chosen) > 1:
         raise UserError(f"{folder}: several sets of weights ({', '.join(chosen)}); keep the one to convert")
     if not chosen:
@@ -119,7 +124,15 @@ def open_folder(folder: Path) -> dict[str, Tensor]:
                f"only pickled weights ({pickled[0]}); save them again as safetensors" if pickled else
                f"no weights ({STEMS[0]}.safetensors or {STEMS[1]}.safetensors)")
         raise UserError(f"{folder}: {why}")
-    return read_header(folder / chosen[0]) if chosen[0].endswith(".safetensors") else _open_index(folder / chosen[0])
+    return folder / chosen[0]
+
+
+def variant_of(name: str) -> str | None:
+    """The variant in a weight file's name: "fp16" of model.fp16.safetensors and of model.safetensors.index.fp16.json."""
+    for stem in STEMS:
+        name = name.removeprefix(f"{stem}.")
+    rest = [part for part in name.split(".") if part not in ("safetensors", "index", "json")]
+    return rest[0] if rest else None
 
 
 def _is_weights(name: str) -> bool:
@@ -227,9 +240,10 @@ def rows_of(array: np.ndarray, limit: int = BLOCK_BYTES) -> Iterator[np.ndarray]
 
 
 def rows_per_block(shape: Sequence[int], itemsize: int, limit: int = BLOCK_BYTES) -> int:
-    """How many rows of the first axis one block takes, so that all blocks are about equal and none exceeds `limit`."""
-    total = int(np.prod(shape, dtype=np.int64)) * itemsize
-    return max(1, -(-shape[0] // max(1, -(-total // limit))))
+    """How many rows of the first axis one block takes: all blocks about equal, none above `limit` unless a single row is."""
+    row = int(np.prod(shape[1:], dtype=np.int64)) * itemsize
+    blocks = -(-shape[0] // max(1, limit // row))
+    return -(-shape[0] // blocks)
 
 
 def write_json(path: Path, content) -> None:

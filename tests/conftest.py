@@ -1,0 +1,25 @@
+"""Shape annotations are checked while tests run, wherever beartype is installed; and the small pipelines that many tests convert."""
+
+import importlib.util
+
+import pytest
+
+if importlib.util.find_spec("beartype"):
+    from jaxtyping import install_import_hook
+
+    install_import_hook("sdv_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(tmp_path_factory):
+    """A function: rope -> a diffusers pipeline folder (float32), made once per session. Read only: copy before changing it."""
+    folders = {}
+
+    def folder(rope: bool = True):
+        if rope not in folders:
+            from tests.tiny_pipeline import save_pipeline
+
+            folders[rope] = save_pipeline(tmp_path_factory.mktemp("pipelines") / f"rope_{rope}", rotary=rope)
+        return folders[rope]
+
+    return folder
