@@ -1,10 +1,12 @@
 """The families of models that can be converted: for each component of a pipeline, its class there, its class here, its rules."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from sdv_jax.checkpoints.engine import Leaf, leaf_shapes, leaves_of
@@ -31,12 +33,19 @@ class Component:
 
     def abstract(self, config, *, dtype) -> nnx.Module:
         """The module with shapes for weights."""
-        return nnx.eval_shape(lambda: self.module(config, dtype=dtype, rngs=nnx.Rngs(0)))
+        graph, state = _traced(self.module, config, np.dtype(dtype))
+        return nnx.merge(graph, jax.tree.map(lambda shape: shape, state))
 
     def leaves(self, config) -> tuple[Leaf, ...]:
         """What has to be filled."""
-        state = nnx.state(self.abstract(config, dtype="float32"))
+        _, state = _traced(self.module, config, np.dtype(np.float32))
         return leaves_of(leaf_shapes(state), self.rules(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _traced(module: Callable[..., nnx.Module], config, dtype: np.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+    """Tracing the constructor of a deep VAE takes a second, and a model's shapes are asked for several times."""
+    return nnx.split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
 @dataclasses.dataclass(frozen=True)
