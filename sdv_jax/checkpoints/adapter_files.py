@@ -1,12 +1,12 @@
 """Low-rank adapters on disk: what diffusers, PEFT and this package's training write, read and written.
 
-Whatever a file calls its tensors, it is read as one table: torch module name -> (A, B, scale), the update of that module's
-weight being B A · scale. `load` fits the table to a model, `export` writes it down again, `save` makes it from a model.
+Whatever a file calls its tensors, it is read as one table: torch module name -> (A, B, scale), the update of that
+module's weight being B A · scale. `load` fits the table to a model, `save` makes it from one, `export` rewrites a file.
 
-The scale. PEFT multiplies by alpha / rank, but most files in circulation state no alpha and most loaders assume alpha = rank.
-What is written here is right for all of them: B is stored multiplied by alpha / rank, every module has the same rank, and the
-header states alpha = rank. A folder that training left keeps its own alpha in `adapter.json`, and `load` undoes the product, so
-that training goes on with the same parametrisation.
+The scale. PEFT multiplies by alpha / rank, but most files in circulation state no alpha and most loaders assume
+alpha = rank. What is written here is right for all of them: B is stored multiplied by alpha / rank, every module has
+the same rank, and the header states alpha = rank. A folder that training left keeps its own alpha in `adapter.json`,
+and `load` undoes the product, so that training goes on with the same parametrisation.
 """
 
 import dataclasses
@@ -51,8 +51,9 @@ _WRITTEN_PREFIX = {"diffusers": "transformer.", "comfyui": "transformer.", "peft
 class AdapterInfo:
     """What is known of an adapter besides its numbers; the keys of `adapter.json`.
 
-    `rank` and `alpha` are training's. `targets` are PEFT suffixes. `adaln_lora` says which streams the adapter of the adaLN
-    linears acts on ("all" or "reference"). `family`, `variant` and `base` name the model it was trained on ("" = not known).
+    `rank` and `alpha` are training's. `targets` are PEFT suffixes. `adaln_lora` says which streams the adapter of the
+    adaLN linears acts on ("all" or "reference"). `family`, `variant` and `base` name the model it was trained on, ""
+    where that is not known.
     """
 
     rank: int
@@ -84,7 +85,7 @@ def load(model: nnx.Module, path: str | os.PathLike, *, alpha: float | None = No
     """Puts the adapter in `path` (a folder or a .safetensors file) into `model`, in place of one that may be there.
 
     Args:
-      alpha: for files that do not state one; absent, it is the rank. Stating another one than the file does is an error.
+      alpha: for files that do not state one; absent, it is the rank. Contradicting the file is an error.
 
     Blocks of the model that the file has nothing for get an update of zero, which is exact; one logged line says so.
 
@@ -108,9 +109,9 @@ def load(model: nnx.Module, path: str | os.PathLike, *, alpha: float | None = No
     return info
 
 
-def save(model: nnx.Module, path: str | os.PathLike, *, targets: Sequence[str] = (), adaln_lora: str = "all", variant: str = "",
-         base: str = "") -> None:
-    """Writes the adapter of `model` as a folder: weights in diffusers' layout and `adapter.json`, which is written last.
+def save(model: nnx.Module, path: str | os.PathLike, *, targets: Sequence[str] = (), adaln_lora: str = "all",
+         variant: str = "", base: str = "") -> None:
+    """Writes the adapter of `model` as a folder: weights in diffusers' layout, and `adapter.json`, written last.
 
     Files of an earlier adapter in the folder are replaced. Raises UserError if the model has none, or it holds NaN.
     """
@@ -131,7 +132,8 @@ def save(model: nnx.Module, path: str | os.PathLike, *, targets: Sequence[str] =
         raise UserError(f"{folder}: cannot write the adapter ({error.strerror})") from error
 
 
-def export(adapter: str | os.PathLike, out: str | os.PathLike, *, format: str = "diffusers", alpha: float | None = None) -> None:
+def export(adapter: str | os.PathLike, out: str | os.PathLike, *, format: str = "diffusers",
+           alpha: float | None = None) -> None:
     """Writes the adapter in `adapter` (whatever `load` takes) as the file `out` for another tool, one of `FORMATS`.
 
     "peft" also writes `adapter_config.json` beside it; `PeftModel.from_pretrained` wants `out` to be called
@@ -172,7 +174,8 @@ def find_file(path: str | os.PathLike) -> Path:
             return path / name
     found = sorted(file.name for file in path.glob("*.safetensors"))
     if len(found) != 1:
-        raise UserError(f"{path}: no {WEIGHTS} there, and {', '.join(found) or 'no other .safetensors file'}; name the file")
+        other = ", ".join(found) or "no other .safetensors file"
+        raise UserError(f"{path}: no {WEIGHTS} there, and {other}; name the file")
     return path / found[0]
 
 
@@ -192,19 +195,11 @@ def _read(file: Path, alpha: float | None) -> tuple[dict[str, _Module], AdapterI
         raise UserError(f"{file}: states its own alpha; leave yours ({alpha:g}) away")
     if config.get("use_dora"):
         raise UserError(f"{file}: a DoRA adapter; only plain LoRA is supported")
-    problems, modules = [], {}
+    _check_halves(file, halves, alphas)
+    modules = {}
     for name, (a, b) in halves.items():
-        if a is None or b is None:
-            problems.append(f"{name} has lora_{'B without lora_A' if a is None else 'A without lora_B'}")
-        elif a.ndim < 2 or b.ndim < 2 or not a.shape[0] or a.shape[0] != b.shape[1]:
-            problems.append(f"{name}: lora_A is {list(a.shape)} and lora_B {list(b.shape)}; expected [rank, in] and [out, rank]")
-        else:
-            own = _finite(file, alphas[name]) if name in alphas else None
-            given = None if info else alpha
-            modules[name] = _Module(a, b, _scale(file, name, a.shape[0], config, own, given))
-    problems += [f"{name}.alpha is about no module of the file" for name in alphas if name not in halves]
-    if problems:
-        raise UserError(f"{file}: {listing(problems)}")
+        own = _finite(file, alphas[name]) if name in alphas else None
+        modules[name] = _Module(a, b, _scale(file, name, a.shape[0], config, own, None if info else alpha))
     rank = max(module.rank for module in modules.values())
     return modules, info or AdapterInfo(rank, float(alpha or rank))
 
@@ -217,17 +212,30 @@ def _sort(file: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, list[Ten
             pair = halves.setdefault(_bare(found["module"]), [None, None])
             index = int(found["half"] in ("B", "up"))
             if pair[index] is not None:
-                raise UserError(f"{file}: {pair[index].name} and {key} are the same weight; keep one adapter in the file")
+                raise UserError(f"{file}: {pair[index].name} and {key} are the same weight; keep one adapter in it")
             pair[index] = tensor
         elif found := _ALPHA.fullmatch(key):
             alphas[_bare(found["module"])] = tensor
         else:
             strange.append(key)
     if strange:
-        raise UserError(f"{file}: {len(strange)} keys are not those of a LoRA: {listing(strange)}")
+        raise UserError(f"{file}: these keys are not those of a LoRA: {listing(strange)}")
     if not halves:
         raise UserError(f"{file}: holds no LoRA")
     return halves, alphas
+
+
+def _check_halves(file: Path, halves: Mapping[str, list[Tensor | None]], alphas: Mapping[str, Tensor]) -> None:
+    """Raises one UserError with every A that has no B, B that has no A, pair whose ranks differ, alpha of no module."""
+    problems = [f"{name}.alpha is about no module of the file" for name in alphas if name not in halves]
+    for name, (a, b) in halves.items():
+        if a is None or b is None:
+            problems.append(f"{name} has lora_{'B without lora_A' if a is None else 'A without lora_B'}")
+        elif min(len(a.shape), len(b.shape)) < 2 or not 0 < a.shape[0] == b.shape[1]:
+            found = f"lora_A is {list(a.shape)} and lora_B {list(b.shape)}"
+            problems.append(f"{name}: {found}; expected [rank, in] and [out, rank]")
+    if problems:
+        raise UserError(f"{file}: {listing(problems)}")
 
 
 def _bare(module: str) -> str:
@@ -238,7 +246,7 @@ def _bare(module: str) -> str:
 
 
 def _stated_config(file: Path) -> dict:
-    """PEFT's config of this adapter, from the file's header (diffusers) or from the file beside it (PEFT); {} if neither."""
+    """PEFT's config of this adapter, from the file's header (diffusers) or the file beside it (PEFT); {} if neither."""
     with open(file, "rb") as f:
         header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
     where, text = f"{file}: header entry {_HEADER_KEY}", (header.get("__metadata__") or {}).get(_HEADER_KEY)
@@ -278,7 +286,7 @@ def _json_object(text: str, where: str) -> dict:
 
 
 def _scale(file: Path, name: str, rank: int, config: Mapping, own: np.ndarray | None, given: float | None) -> float:
-    """What the update of `name` is multiplied by: its own alpha, else PEFT's config, else what the user gave, else 1."""
+    """What the update of `name` is multiplied by: after its own alpha, else PEFT's config, else `given`, else 1."""
     try:
         if own is not None:
             return float(own.reshape(())) / rank
@@ -333,7 +341,7 @@ def _fit(file: Path, modules: Mapping[str, _Module], kernels: Mapping[str, tuple
                 shapes.append(f"{name}.lora_{half} is {list(tensor.shape)}, expected {shape}")
         slots.setdefault(path, {})[index] = module
     if unknown:
-        raise UserError(f"{file}: {len(unknown)} modules are not in this model: {listing(unknown)}")
+        raise UserError(f"{file}: adapts modules that are not in this model: {listing(unknown)}")
     if shapes:
         raise UserError(f"{file}: an adapter for a model of another size: {listing(shapes)}")
     return slots
@@ -367,13 +375,11 @@ def _fill(file: Path, found: Mapping[int | None, _Module], rules: Rules, path: s
 
 
 def _tell_partial(file: Path, slots: Mapping[str, Mapping], layers: Mapping) -> None:
-    partial = {path: found for path, found in slots.items() if None not in found and len(found) < layers[path].kernel.shape[0]}
+    """Logs one line if some layer is adapted in some of its blocks only."""
+    depth = {path: layers[path].kernel.shape[0] for path, found in slots.items() if None not in found}
+    partial = [f"{len(slots[path])} of {depth[path]} in {path}" for path in depth if len(slots[path]) < depth[path]]
     if partial:
-        path, found = min(partial.items(), key=lambda item: len(item[1]))
-        logger.warning(
-            "%s adapts %d of %d blocks in %s%s; the others stay as they are in the model", file, len(found),
-            layers[path].kernel.shape[0], lora.torch_name(path), f" and {len(partial) - 1} more" if len(partial) > 1 else "",
-        )  # fmt: skip
+        logger.warning("%s adapts some blocks only: %s; the others keep the model as it is", file, listing(partial))
 
 
 def _of_model(model: nnx.Module, rules: Rules) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, float]]]:

@@ -74,7 +74,7 @@ class T5Config:
         known = assumed | dict(raw)
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if name not in known]:
-            raise UserError(f"text encoder config: missing {', '.join(missing)}; expected the config.json of a T5 encoder")
+            raise UserError(f"text encoder config: missing {', '.join(missing)}; expected a T5 config.json")
         return cls(**{name: known[name] for name in names})
 
 

@@ -33,7 +33,8 @@ class Tokenizer:
     def tokenize(self, texts: str | Sequence, *, max_length: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, mask) of a string or a list of them, int32 [b, max_length] each.
 
-        Short prompts are padded at the end; long ones are cut, with the end-of-text token kept. Logs one warning that names what was cut, as diffusers does. The mask is 1 on tokens and 0 on padding.
+        Short prompts are padded at the end; long ones are cut, with the end-of-text token kept, and one logged warning
+        names what went, as diffusers does. The mask is 1 on tokens and 0 on padding.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
