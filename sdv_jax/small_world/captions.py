@@ -2,8 +2,8 @@
 
     a [<cls>] subject [MOTION] over BACKGROUND        "a <cls> subject drifting left over sand", "a subject over snow"
 
-Each motion has a canonical wording, the first, and one synonym. The marker `<cls>` stands before the noun where a reference
-image is meant (the papers' special token); still pictures name no motion.
+Each motion has a canonical wording, the first, and one synonym. The marker `<cls>` stands before the noun where a
+reference image is meant (the paper's special token); still pictures name no motion.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Words:
 
 
 def caption(words: Words | Scene, *, marked: bool | None = None, rng: np.random.Generator | None = None) -> str:
-    """The sentence for words or for a scene; `marked` puts the `<cls>` marker, `rng` draws the wording instead of the first."""
+    """The sentence for words or a scene; `marked` puts the `<cls>` marker, `rng` draws the wording."""
     if marked is None:
         marked = isinstance(words, Words) and words.marked
     wording = ""
@@ -51,12 +51,16 @@ def parse(text: str) -> Words:
     """The words of a caption; raises UserError for a sentence outside the grammar."""
     found = _SENTENCE.fullmatch(" ".join(text.lower().split()))
     if found is None:
-        raise UserError(f"small world: cannot read caption {text!r}; expected 'a [{MARKER}] subject [MOTION] over BACKGROUND'")
-    if found["background"] not in BACKGROUNDS:
-        raise UserError(f"small world: unknown background {found['background']!r} in {text!r}; use one of {', '.join(BACKGROUNDS)}")
-    if found["motion"] is not None and found["motion"] not in _MOTION_OF:
-        raise UserError(f"small world: unknown motion {found['motion']!r} in {text!r}; use one of {', '.join(_MOTION_OF)}")
-    return Words(found["background"], _MOTION_OF.get(found["motion"]), found["marker"] is not None)
+        expected = f"'a [{MARKER}] subject [MOTION] over BACKGROUND'"
+        raise UserError(f"small world: cannot read caption {text!r}; expected {expected}")
+    background, motion = found["background"], found["motion"]
+    if background not in BACKGROUNDS:
+        names = ", ".join(BACKGROUNDS)
+        raise UserError(f"small world: unknown background {background!r} in {text!r}; use one of {names}")
+    if motion is not None and motion not in _MOTION_OF:
+        names = ", ".join(_MOTION_OF)
+        raise UserError(f"small world: unknown motion {motion!r} in {text!r}; use one of {names}")
+    return Words(background, _MOTION_OF.get(motion), found["marker"] is not None)
 
 
 def all_captions() -> list[str]:

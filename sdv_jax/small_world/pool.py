@@ -1,6 +1,7 @@
-"""Pools: many clips or pairs rendered once, kept as arrays; rendering anew for every batch would cost as much as training.
+"""Pools: many clips or pairs rendered once, kept as arrays; rendering every batch anew would cost as much as training.
 
-A pool is decided by (world config, split, seed, n); without synonyms a smaller pool is the head of a larger one of its seed.
+A pool is decided by (world config, split, seed, n); without synonyms a smaller pool is the head of a larger one of its
+seed.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ class ClipPool:
 
 @dataclasses.dataclass(frozen=True)
 class PairPool:
-    """Subject-image pairs: the same subject twice, at another place, scale and background; the caption tells of the target."""
+    """Subject-image pairs: the same subject at two places, scales and backgrounds; the caption is the target's."""
 
     reference: UInt8[np.ndarray, "n h w 3"]
     target: UInt8[np.ndarray, "n h w 3"]
@@ -40,7 +41,7 @@ class PairPool:
 
 @dataclasses.dataclass(frozen=True)
 class Trials:
-    """What a model is tested on: a reference picture, a prompt that names another background and a motion, and the true clip."""
+    """What a model is tested on: a reference picture, a prompt with a motion and another background, the true clip."""
 
     reference: UInt8[np.ndarray, "n h w 3"]
     video: UInt8[np.ndarray, "n t h w 3"]

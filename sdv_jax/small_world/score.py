@@ -1,9 +1,9 @@
-"""Scores of generated clips against the truth: identity by search, motion and background by a tracker that knows no subject.
+"""Scores of generated clips against the truth: identity by search, the rest by a tracker that knows no subject.
 
-identity_error  mean over frames of the best match's mean squared colour difference (colours in [0, 1]); see `find_subject`
+identity_error      mean over frames of the best match's mean squared colour difference, colours in [0, 1]
 motion, background  whether what is seen is what the caption asked for
-whole           one blob of a subject's size in every frame
-change          how much the foreground of frame 0 differs from its best match in the later frames: whether it stays one subject
+whole               one blob of a subject's size in every frame
+change              how much frame 0's foreground differs from its best match in later frames: does it stay one subject
 """
 
 import dataclasses
@@ -39,7 +39,8 @@ class Scores:
 
 
 def score_clips(
-    world: World, video: Float[np.ndarray, "n t h w 3"], scenes: Sequence[Scene], *, subjects: Sequence[Subject] | None = None
+    world: World, video: Float[np.ndarray, "n t h w 3"], scenes: Sequence[Scene], *,
+    subjects: Sequence[Subject] | None = None,
 ) -> Scores:
     """Scores clips with colours in [0, 1] against the scenes they should show; `subjects` replaces the scenes' own.
 
@@ -49,13 +50,16 @@ def score_clips(
     subjects = [scene.subject for scene in scenes] if subjects is None else subjects
     _check(world, video, scenes, subjects)
     seen = [sight(world, clip) for clip in video]
-    found = [find_subject(world, clip, who, one.ground_colour) for clip, who, one in zip(video, subjects, seen)]
+    found = [
+        find_subject(world, clip, subject, one.ground_colour)
+        for clip, subject, one in zip(video, subjects, seen, strict=True)
+    ]
     return Scores(
         identity_error=np.array([match.error.mean() for match in found]),
-        motion_correct=np.array([one.motion == scene.motion for one, scene in zip(seen, scenes)]),
-        background_correct=np.array([one.background == scene.background for one, scene in zip(seen, scenes)]),
+        motion_correct=np.array([one.motion == s.motion for one, s in zip(seen, scenes, strict=True)]),
+        background_correct=np.array([one.background == s.background for one, s in zip(seen, scenes, strict=True)]),
         whole=np.array([one.whole for one in seen]),
-        change=np.array([_change(clip, one) for clip, one in zip(video, seen)]),
+        change=np.array([_change(clip, one) for clip, one in zip(video, seen, strict=True)]),
         track=np.array([match.centre for match in found]),
         seen=seen,
     )
@@ -69,7 +73,7 @@ def identity_errors(
     colours = [sight(world, clip).ground_colour for clip in video]
     return np.array([
         [find_subject(world, clip, who, colour).error.mean() for who in candidates]
-        for clip, candidates, colour in zip(video, subjects, colours)
+        for clip, candidates, colour in zip(video, subjects, colours, strict=True)
     ])
 
 
@@ -105,12 +109,14 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def compare(
-    world: World, scenes: Sequence[Scene], *, base: np.ndarray, adapted: np.ndarray, wrong: np.ndarray, truth: np.ndarray
+    world: World, scenes: Sequence[Scene], *,
+    base: Float[np.ndarray, "n t h w 3"], adapted: Float[np.ndarray, "n t h w 3"],
+    wrong: Float[np.ndarray, "n t h w 3"], truth: Float[np.ndarray, "n t h w 3"],
 ) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """The comparison a demo prints: rows for `table`, and the verdicts.
 
-    All four are [n, t, h, w, 3] in [0, 1]: `base` without reference, `adapted` with the right one, `truth` the rendered clips
-    through the VAE. `wrong` is `adapted` given, for clip i, the reference picture of scene i + 1 (the last takes the first's).
+    `base` is sampled without reference, `adapted` with the right one; `truth` is the rendered clips through the VAE;
+    `wrong` is `adapted` given, for clip i, the reference picture of scene i + 1 (the last takes the first's).
     """
     given = [scene.subject for scene in [*scenes[1:], scenes[0]]]
     scored = {
@@ -133,7 +139,7 @@ def compare(
 
 
 def _change(clip: Float[np.ndarray, "t h w 3"], seen: Sighting) -> float:
-    """Mean over the later frames of the best match of frame 0's foreground; a picture has no later frame and no change."""
+    """Mean over later frames of the best match of frame 0's foreground; a picture has no later frame and no change."""
     if len(clip) == 1:
         return 0.0
     if np.isnan(seen.track[0]).any():
@@ -144,10 +150,10 @@ def _change(clip: Float[np.ndarray, "t h w 3"], seen: Sighting) -> float:
 def _check(world: World, video: np.ndarray, scenes: Sequence[Scene], subjects: Sequence[Subject]) -> None:
     size = world.config.size
     if video.ndim != 5 or video.shape[2:] != (size, size, 3):
-        raise UserError(f"small world: score_clips expects video [n, t, {size}, {size}, 3], found {list(video.shape)}; reshape it")
+        expected = f"[n, t, {size}, {size}, 3]"
+        raise UserError(f"small world: score_clips expects video {expected}, found {list(video.shape)}; reshape it")
     if not len(video) == len(scenes) == len(subjects):
-        raise UserError(
-            f"small world: score_clips got {len(video)} clips, {len(scenes)} scenes and {len(subjects)} subjects; give one of each"
-        )
+        found = f"{len(video)} clips, {len(scenes)} scenes and {len(subjects)} subjects"
+        raise UserError(f"small world: score_clips got {found}; give one of each per clip")
     if not np.issubdtype(video.dtype, np.floating):
         raise UserError(f"small world: score_clips expects floats in [0, 1], found {video.dtype}; divide by 255")

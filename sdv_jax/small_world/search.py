@@ -1,7 +1,7 @@
 """Finding a known picture in frames: the mean squared difference at every place, for many templates at once, by FFT.
 
-The difference inside a mask m at offset o is  sum m (I - T)^2 = corr(m, I^2) - 2 corr(mT, I) + corr(mT^2, 1), divided by the part
-of the mask that lies inside the frame. It is exact; no learned feature enters.
+The difference inside a mask m at an offset is  sum m (I - T)^2 = corr(m, I^2) - 2 corr(mT, I) + corr(mT^2, 1), divided
+by the part of the mask that lies inside the frame. It is exact; no learned feature enters.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from scipy import fft
 from sdv_jax.small_world.world import Subject, World
 
 _WINDOW = 20  # pixels of a template; holds the largest subject and a rim
-_PHASES = 4  # sub-pixel places per pixel and axis
+_PHASES = 3  # sub-pixel places per pixel and axis
 _SCALES = np.linspace(0.85, 1.15, 7)
 _BORDER = 5  # a centre nearer than this to the frame's border is not looked at
 
@@ -30,18 +30,14 @@ class Match:
 def find_subject(
     world: World, video: Float[np.ndarray, "t h w 3"], subject: Subject, ground_colour: Float[np.ndarray, "3"]
 ) -> Match:
-    """Best match of a subject in every frame, over all places (quarter pixels) and scales.
+    """Best match of a subject in every frame, over all places (thirds of a pixel) and scales.
 
-    Compared are the subject's pixels and one pixel of rim around it, in which the background's colour is expected: a wrong
-    outline costs as much as a wrong texture.
+    Compared are the subject's pixels and one pixel of rim around it, in which the background's colour is expected: a
+    wrong outline costs as much as a wrong texture.
     """
     scales = np.repeat(_SCALES, _PHASES**2)
     shifts = np.tile(_shifts(), (len(_SCALES), 1))
-    parts = [
-        world.render_subject(subject, centre=tuple(_WINDOW / 2 + shift), scale=scale, size=_WINDOW)
-        for scale, shift in zip(scales, shifts)
-    ]
-    colours, alphas = (np.stack(part) for part in zip(*parts))
+    colours, alphas = world.render_subject(subject, centres=_WINDOW / 2 + shifts, scales=scales, size=_WINDOW)
     templates = ground_colour + alphas[..., None] * (colours - ground_colour)
     return _search(video, templates, _grown(alphas), shifts, scales)
 
@@ -91,7 +87,7 @@ def _search(
     video: Float[np.ndarray, "t h w 3"], templates: Float[np.ndarray, "k y x 3"], masks: Float[np.ndarray, "k y x"],
     shifts: Float[np.ndarray, "k 2"], scales: Float[np.ndarray, "k"],
 ) -> Match:
-    """The best of all templates and places; a template's own centre lies `shifts` right of and below its window's middle."""
+    """The best of all templates and places; a template's centre lies `shifts` away from its window's middle."""
     size = video.shape[1]
     first, last = _BORDER - _WINDOW // 2, size - _BORDER - _WINDOW // 2  # corners of the window that are looked at
     period = size - first  # long enough that the wrapped part of a window meets only zeros

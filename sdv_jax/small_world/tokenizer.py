@@ -30,7 +30,7 @@ def build_tokenizer(folder: str | Path) -> int:
     pieces = _pieces()
     (folder / "spiece.model").write_bytes(_model(pieces))
     specials = {"eos_token": _END, "pad_token": _PAD, "unk_token": _UNKNOWN}
-    flags = dict(lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     config = specials | {
         "added_tokens_decoder": {str(i): {"content": token} | flags for i, token in enumerate((_PAD, _END, _UNKNOWN))},
         "additional_special_tokens": [],
@@ -47,7 +47,7 @@ def build_tokenizer(folder: str | Path) -> int:
 
 
 def _pieces() -> list[tuple[str, float, int]]:
-    """(piece, score, type) in the order of ids: specials, words in order of first use, the marker's parts, characters."""
+    """(piece, score, type) by id: specials, words in order of first use, the marker's parts, characters."""
     words = dict.fromkeys(word for text in all_captions() for word in text.split() if word != MARKER)
     parts = [_SPACE + word for word in words] + [_SPACE + MARKER[0], MARKER[1:-1]]
     letters = [_SPACE] + [c for c in string.printable if not c.isspace()]

@@ -1,7 +1,7 @@
-"""Seeing without knowing the subject: which background, where the foreground is, how it moves. Nothing here reads the truth.
+"""Seeing without knowing the subject: which background, where the foreground is, how it moves; the truth is not read.
 
-The background of a clip stands still and fills most of it, so the median over all its pixels is the background's colour; what is
-far from that colour is foreground. The same tracker therefore serves videos of known and of unknown subjects.
+The background fills most of a clip, so the median over all its pixels is the background's colour; what is far from that
+colour is foreground. The same tracker therefore serves videos of known and of unknown subjects.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from scipy import ndimage
 from sdv_jax.small_world.backgrounds import BACKGROUNDS
 from sdv_jax.small_world.world import MOTIONS, World
 
-# Colour distances in RGB: patterns stay within 0.12 of their median, subjects are 0.3 or more away from every background,
-# backgrounds 0.28 or more from one another.
+# Colour distances in RGB: patterns stay within 0.12 of their median, subjects are 0.3 or more away from every
+# background, backgrounds 0.28 or more from one another.
 _FOREGROUND = 0.2
 _SAME_GROUND = 0.14
 _AREAS = (45.0, 230.0)  # pixels; the subjects of the world cover 64 to 193
@@ -24,12 +24,12 @@ _SEEN = 2 / 3  # share of the frames in which a blob must be found before a moti
 
 @dataclasses.dataclass(frozen=True)
 class Sighting:
-    """What one clip shows. `motion` and `background` are None where nothing named fits; `track` is NaN where no such blob is."""
+    """What one clip shows; `motion` and `background` are None where nothing named fits."""
 
     background: str | None
     ground_colour: Float[np.ndarray, "3"]
     blob: Bool[np.ndarray, "t h w"]  # the largest connected piece of foreground
-    track: Float[np.ndarray, "t 2"]  # its centre (x, y), where its size is within twice that of a subject
+    track: Float[np.ndarray, "t 2"]  # its centre (x, y); NaN where its size is not within twice that of a subject
     velocity: Float[np.ndarray, "2"]  # least squares over the track, pixels per frame
     motion: str | None
     whole: bool  # exactly one blob of a subject's size in every frame
@@ -56,7 +56,7 @@ def sight(world: World, video: Float[np.ndarray, "t h w 3"]) -> Sighting:
 def _largest(foreground: Bool[np.ndarray, "h w"]) -> tuple[Bool[np.ndarray, "h w"], bool]:
     """The largest connected piece, and whether it holds nearly all of the foreground.
 
-    Gaps of up to two pixels are closed first: where two blurred stripes meet, their mixture can resemble the background.
+    Gaps of up to two pixels are closed first: where two blurred stripes meet, the mixture can resemble the background.
     """
     around = np.ones((3, 3), bool)
     foreground = ndimage.binary_erosion(ndimage.binary_dilation(foreground, around), around, border_value=1)
@@ -68,7 +68,7 @@ def _largest(foreground: Bool[np.ndarray, "h w"]) -> tuple[Bool[np.ndarray, "h w
 
 
 def _centre(blob: Bool[np.ndarray, "h w"], far: Float[np.ndarray, "h w"]) -> tuple[float, float]:
-    """Centre of the blob; its soft rim counts by how far it is from the background, which keeps the centre sub-pixel."""
+    """Centre of the blob; its soft rim counts by its distance from the background, which keeps the centre sub-pixel."""
     if not _AREAS[0] / 2 <= blob.sum() <= 2 * _AREAS[1]:
         return np.nan, np.nan
     weight = np.minimum(far / _FOREGROUND, 1) * ndimage.binary_dilation(blob)

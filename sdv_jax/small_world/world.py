@@ -1,10 +1,10 @@
-"""The small world: subjects drawn from continuous laws, moving over named backgrounds, rendered by a renderer that knows the truth.
+"""The small world: subjects drawn from continuous laws, moving over named backgrounds, and their renderer.
 
-A subject is a closed outline (a superellipse with lobes) filled with two-colour stripes; a scene puts it on a background and
-moves it along a straight line. Nothing turns or deforms while it moves, so a picture of a subject is decided by (subject, place,
-scale) alone: searching over those three finds a subject exactly. Edges are one pixel soft by law, which makes rendering at any
-sub-pixel place both anti-aliased and one evaluation per pixel. Coordinates are pixels from the top left corner; the centre of
-pixel i lies at i + 0.5.
+A subject is a closed outline (a superellipse with lobes) filled with two-colour stripes; a scene puts it on a
+background and moves it along a straight line. Nothing turns or deforms while it moves, so a picture of a subject is
+decided by (subject, place, scale) alone: searching over those three finds a subject exactly. Edges are one pixel soft
+by law, which makes rendering at any sub-pixel place both anti-aliased and one evaluation per pixel. Coordinates are
+pixels from the top left corner; the centre of pixel i lies at i + 0.5.
 """
 
 import colorsys
@@ -143,7 +143,7 @@ class World:
         self, rng: np.random.Generator, subject: Subject, *, background: str | None = None, motion: str | None = None,
         still: bool = False,
     ) -> Scene:
-        """A scene of this subject; background and motion are drawn when not given. `still` makes a picture, without motion.
+        """A scene of this subject; background and motion drawn unless given, `still` makes a picture without motion.
 
         The start is uniform over all places from which the subject stays inside the frame for the whole clip.
         """
@@ -169,7 +169,7 @@ class World:
         return margin - points.min(axis=0), self.config.size - margin - points.max(axis=0)
 
     def render(self, scenes: Sequence[Scene], *, frames: int | None = None) -> UInt8[np.ndarray, "b t h w 3"]:
-        """Frames of every scene; `frames` defaults to a clip's length, 1 gives frame 0 alone. About 1,000 clips a second."""
+        """Frames of every scene; `frames` defaults to a clip's length, 1 gives frame 0 alone."""
         frames = frames or self.config.frames
         parts = [self._render_some(scenes[i : i + 64], frames) for i in range(0, len(scenes), 64)]  # 64: stays in cache
         return np.concatenate(parts)
@@ -180,48 +180,51 @@ class World:
         video = np.repeat((255 * ground).astype(np.float32)[:, None], frames, axis=1)
         centres = np.stack([scene.track(frames) for scene in scenes]).astype(np.float32)  # [b, t, 2]
         half = int(np.ceil(self.config.reach * self.config.scales[1])) + 1
-        corner = np.clip(np.floor(centres).astype(int) - half, 0, size - 2 * half)  # [b, t, 2], window holds the subject
+        corner = np.clip(np.floor(centres).astype(int) - half, 0, size - 2 * half)  # [b, t, 2] of a window around it
         columns, rows = (corner[..., axis, None] + np.arange(2 * half) for axis in (0, 1))  # [b, t, window]
         dx = columns + np.float32(0.5) - centres[..., 0, None]
         dy = rows + np.float32(0.5) - centres[..., 1, None]
-        scales = np.array([scene.scale for scene in scenes], np.float32)
-        colour, alpha = self._paint([s.subject for s in scenes], dx[:, :, None, :], dy[:, :, :, None], scales)
-        place = (np.arange(count)[:, None, None, None], np.arange(frames)[:, None, None], rows[..., None], columns[..., None, :])
+        scales = np.array([scene.scale for scene in scenes], np.float32)[:, None]
+        colour, alpha = self._paint([scene.subject for scene in scenes], dx, dy, scales)
+        clips, times = np.arange(count)[:, None, None, None], np.arange(frames)[:, None, None]
+        place = (clips, times, rows[..., None], columns[..., None, :])
         window = video[place]
         window += alpha[..., None] * (255 * colour - window)
         video[place] = window
         return np.rint(video).astype(np.uint8)
 
     def render_subject(
-        self, subject: Subject, *, centre: tuple[float, float], scale: float = 1.0, size: int | None = None
-    ) -> tuple[Float[np.ndarray, "h w 3"], Float[np.ndarray, "h w"]]:
-        """The subject alone: its colours in [0, 1] (defined everywhere) and its coverage (alpha) of every pixel."""
-        grid = np.arange(size or self.config.size, dtype=np.float32) + 0.5
-        dx, dy = grid[None, None, None, :] - centre[0], grid[None, None, :, None] - centre[1]
-        colour, alpha = self._paint([subject], dx, dy, np.array([scale], np.float32))
-        return colour[0, 0], alpha[0, 0]
+        self, subject: Subject, *, centres: Float[np.ndarray, "k 2"], scales: Float[np.ndarray, "k"],
+        size: int | None = None,
+    ) -> tuple[Float[np.ndarray, "k h w 3"], Float[np.ndarray, "k h w"]]:
+        """The subject alone, k times: its colours in [0, 1], defined everywhere, and its coverage of every pixel."""
+        grid = np.arange(size or self.config.size) + 0.5
+        offsets = (grid - np.asarray(centres)[..., None]).astype(np.float32)  # [k, 2, size]
+        scales = np.asarray(scales, np.float32)
+        colour, alpha = self._paint([subject], offsets[None, :, 0], offsets[None, :, 1], scales[None])
+        return colour[0], alpha[0]
 
     def _paint(
-        self, subjects: Sequence[Subject], dx: Float[np.ndarray, "b t #h w"], dy: Float[np.ndarray, "b t h #w"],
-        scales: Float[np.ndarray, "b"],
+        self, subjects: Sequence[Subject], dx: Float[np.ndarray, "b t w"], dy: Float[np.ndarray, "b t h"],
+        scales: Float[np.ndarray, "b #t"],
     ) -> tuple[Float[np.ndarray, "b t h w 3"], Float[np.ndarray, "b t h w"]]:
-        """Colour and coverage at offsets (dx, dy) from the centre."""
+        """Colour and coverage on the grids of offsets (dx, dy) from the centre."""
 
         def column(values) -> np.ndarray:
             return np.array(values, np.float32)[:, None, None, None]
 
-        outlines = _outlines(subjects, self.config) * scales[:, None]
-        radius = np.sqrt(dx * dx + dy * dy)
+        dx, dy, scales = dx[:, :, None, :], dy[:, :, :, None], scales[:, :, None, None]
         position = np.arctan2(dy, dx).astype(np.float32) * np.float32(_ANGLES / (2 * np.pi))
         left = np.floor(position)
         fraction = position - left
         index = left.astype(np.int32)
         rows = np.arange(len(subjects))[:, None, None, None] * _ANGLES
-        flat = outlines.ravel()
-        at_left, at_right = flat[rows + index % _ANGLES], flat[rows + (index + 1) % _ANGLES]
-        alpha = np.clip(at_left + fraction * (at_right - at_left) - radius + np.float32(0.5), 0, 1)
+        outlines = _outlines(subjects, self.config).ravel()
+        at_left, at_right = outlines[rows + index % _ANGLES], outlines[rows + (index + 1) % _ANGLES]
+        outline = scales * (at_left + fraction * (at_right - at_left))
+        alpha = np.clip(outline - np.sqrt(dx * dx + dy * dy) + np.float32(0.5), 0, 1)
 
-        width = column([s.stripe_width for s in subjects]) * scales[:, None, None, None]
+        width = column([s.stripe_width for s in subjects]) * scales
         angle = np.array([s.stripe_angle for s in subjects])
         across = dx * column(np.cos(angle)) + dy * column(np.sin(angle))
         wave = np.sin(across * (np.float32(np.pi) / width) + column([s.stripe_phase for s in subjects]))
@@ -231,14 +234,15 @@ class World:
 
 
 def _outlines(subjects: Sequence[Subject], config: WorldConfig) -> Float[np.ndarray, "b angles"]:
-    """Radius of every subject's outline at equally spaced angles, scale 1: first the area is set, then the reach is kept."""
+    """Radius of every outline at equally spaced angles, at scale 1: first the size is set, then the reach is kept."""
 
     def column(name: str) -> np.ndarray:
         return np.array([getattr(subject, name) for subject in subjects], np.float32)[:, None]
 
     theta = np.arange(_ANGLES, dtype=np.float32) * np.float32(2 * np.pi / _ANGLES)
     turned, exponent, stretch = theta - column("angle"), column("exponent"), np.sqrt(column("aspect"))
-    radius = (np.abs(np.cos(turned) / stretch) ** exponent + np.abs(np.sin(turned) * stretch) ** exponent) ** (-1 / exponent)
+    across, down = np.abs(np.cos(turned) / stretch), np.abs(np.sin(turned) * stretch)
+    radius = (across**exponent + down**exponent) ** (-1 / exponent)
     radius *= 1 + column("lobe_depth") * np.cos(column("lobes") * (theta - column("lobe_angle")))
     radius *= config.radius * column("size") / np.sqrt((radius**2).mean(axis=1, keepdims=True))
     return radius * np.minimum(1, config.reach / radius.max(axis=1, keepdims=True))

@@ -21,7 +21,8 @@ def test_the_whole_grammar_is_read():
     texts = all_captions()
     assert len(set(texts)) == len(texts)
     assert {parse(text) for text in texts} == {
-        Words(ground, motion, marked) for ground in BACKGROUNDS for motion in [None, *MOTIONS] for marked in (False, True)
+        Words(ground, motion, marked)
+        for ground in BACKGROUNDS for motion in [None, *MOTIONS] for marked in (False, True)
     }
 
 

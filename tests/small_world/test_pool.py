@@ -5,6 +5,7 @@ import pytest
 
 from sdv_jax.errors import UserError
 from sdv_jax.small_world import MOTIONS, World, clip_pool, load_pool, pair_pool, parse, save_pool, trials
+from sdv_jax.small_world.world import SPLITS
 
 WORLD = World()
 
@@ -13,7 +14,7 @@ def test_clips_say_what_they_show_and_a_smaller_pool_is_the_head_of_a_larger():
     pool, head = clip_pool(WORLD, 3, 12), clip_pool(WORLD, 3, 5)
     assert pool.video.shape == (12, 9, 32, 32, 3) and pool.video.dtype == np.uint8
     np.testing.assert_array_equal(pool.video[:5], head.video)
-    for text, scene in zip(pool.captions, pool.scenes):
+    for text, scene in zip(pool.captions, pool.scenes, strict=True):
         words = parse(text)
         assert (words.motion, words.background, words.marked) == (scene.motion, scene.background, False)
     assert len({scene.subject for scene in pool.scenes}) == 12
@@ -21,7 +22,7 @@ def test_clips_say_what_they_show_and_a_smaller_pool_is_the_head_of_a_larger():
 
 def test_pairs_share_the_subject_and_nothing_else():
     pool = pair_pool(WORLD, 0, 20)
-    for text, one, other in zip(pool.captions, pool.reference_scenes, pool.scenes):
+    for text, one, other in zip(pool.captions, pool.reference_scenes, pool.scenes, strict=True):
         assert one.subject == other.subject
         assert one.background != other.background and one.scale != other.scale and one.start != other.start
         words = parse(text)
@@ -30,7 +31,7 @@ def test_pairs_share_the_subject_and_nothing_else():
 
 
 def test_splits_and_kinds_share_no_subject():
-    pools = [clip_pool(WORLD, 0, 20), pair_pool(WORLD, 0, 20), clip_pool(WORLD, 0, 20, split="heldout"), trials(WORLD, 0, 20)]
+    pools = [make(WORLD, 0, 20, split=split) for make in (clip_pool, pair_pool, trials) for split in SPLITS]
     subjects = [scene.subject for pool in pools for scene in pool.scenes]
     assert len(set(subjects)) == len(subjects)
 
@@ -38,7 +39,8 @@ def test_splits_and_kinds_share_no_subject():
 def test_trials_go_round_all_motions():
     pool = trials(WORLD, 0, 30)
     assert all(sum(scene.motion == motion for scene in pool.scenes) == 6 for motion in MOTIONS)
-    assert all(one.background != other.background for one, other in zip(pool.reference_scenes, pool.scenes))
+    pairs = zip(pool.reference_scenes, pool.scenes, strict=True)
+    assert all(one.background != other.background for one, other in pairs)
 
 
 @pytest.mark.parametrize("make", [clip_pool, pair_pool, trials])

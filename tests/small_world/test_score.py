@@ -6,8 +6,17 @@ from scipy import ndimage
 
 from sdv_jax.errors import UserError
 from sdv_jax.small_world import (
-    World, compare, gap_closed, identity_errors, pair_pool, score_clips, summary, table, trials,
+    World,
+    compare,
+    gap_closed,
+    identity_errors,
+    pair_pool,
+    score_clips,
+    summary,
+    table,
+    trials,
 )
+from sdv_jax.small_world.tracking import sight
 
 WORLD = World()
 COUNT = 30  # every motion and background meets once
@@ -21,7 +30,7 @@ def truth():
 
 
 def test_the_truth_is_found_where_it_is(truth):
-    assert truth.identity_error.max() < 0.003
+    assert truth.identity_error.max() < 0.004
     assert truth.motion_correct.all() and truth.background_correct.all() and truth.clean.all()
     tracks = np.stack([scene.track(WORLD.config.frames) for scene in TRIALS.scenes])
     assert np.abs(truth.track - tracks).max() < 0.3
@@ -30,15 +39,14 @@ def test_the_truth_is_found_where_it_is(truth):
 
 
 def test_other_subjects_score_badly(truth):
-    others = [scene.subject for scene in TRIALS.scenes[1:] + TRIALS.scenes[:1]]
-    wrong = score_clips(WORLD, TRUE, TRIALS.scenes, subjects=others)
-    assert wrong.identity_error.mean() > 0.06
-    assert wrong.identity_error.min() > 5 * truth.identity_error.max()
-    np.testing.assert_array_equal(wrong.motion_correct, truth.motion_correct)  # identity plays no part in the rest
+    others = [[scene.subject] for scene in TRIALS.scenes[1:] + TRIALS.scenes[:1]]
+    errors = identity_errors(WORLD, TRUE[:, ::4], others)
+    assert errors.mean() > 0.06
+    assert errors.min() > 5 * truth.identity_error.max()
 
 
 def test_a_soft_truth_is_still_the_truth():
-    soft = score_clips(WORLD, ndimage.gaussian_filter(TRUE, (0, 0, 1, 1, 0)), TRIALS.scenes)
+    soft = score_clips(WORLD, ndimage.gaussian_filter(TRUE[::2], (0, 0, 1, 1, 0)), TRIALS.scenes[::2])
     assert soft.identity_error.max() < 0.025
     assert soft.motion_correct.all() and soft.background_correct.all() and soft.clean.all()
 
@@ -49,12 +57,12 @@ def test_the_subject_is_named_among_others():
     assert (identity_errors(WORLD, soft, candidates).argmin(axis=1) == 0).all()
 
 
-@pytest.mark.parametrize("name, change", [("reversed", lambda v: v[:, ::-1]), ("stopped", lambda v: v[:, :1].repeat(9, 1))])
-def test_a_wrong_motion_is_noticed_and_nothing_else(name, change):
-    scores = score_clips(WORLD, change(TRUE), TRIALS.scenes)
-    resting = np.array([scene.motion == "resting" for scene in TRIALS.scenes])
+@pytest.mark.parametrize("frames", [[8, 7, 6, 5, 4, 3, 2, 1, 0], [4] * 9], ids=["reversed", "stopped"])
+def test_a_wrong_motion_is_noticed_and_nothing_else(frames):
+    scores = score_clips(WORLD, TRUE[:10, frames], TRIALS.scenes[:10])
+    resting = np.array([scene.motion == "resting" for scene in TRIALS.scenes[:10]])
     np.testing.assert_array_equal(scores.motion_correct, resting)
-    assert scores.background_correct.all() and scores.clean.all() and scores.identity_error.max() < 0.003
+    assert scores.background_correct.all() and scores.clean.all() and scores.identity_error.max() < 0.004
 
 
 def test_a_wrong_background_is_noticed_and_nothing_else():
@@ -62,29 +70,30 @@ def test_a_wrong_background_is_noticed_and_nothing_else():
     other = {"sand": "grass", "grass": "water", "water": "night", "night": "snow", "snow": "brick", "brick": "sand"}
     moved = [
         WORLD.sample_scene(rng, scene.subject, motion=scene.motion, background=other[scene.background])
-        for scene in TRIALS.scenes
+        for scene in TRIALS.scenes[::3]
     ]
-    scores = score_clips(WORLD, WORLD.render(moved) / 255.0, TRIALS.scenes)
+    scores = score_clips(WORLD, WORLD.render(moved) / 255.0, TRIALS.scenes[::3])
     assert not scores.background_correct.any()
-    assert scores.motion_correct.all() and scores.clean.all() and scores.identity_error.max() < 0.003
+    assert scores.motion_correct.all() and scores.clean.all() and scores.identity_error.max() < 0.004
 
 
 def test_a_subject_that_changes_is_not_clean():
     rng = WORLD.rng("heldout", 8)
     swapped = [
         WORLD.sample_scene(rng, WORLD.sample_subject(rng), motion=scene.motion, background=scene.background)
-        for scene in TRIALS.scenes
+        for scene in TRIALS.scenes[::3]
     ]
-    clips = np.concatenate([TRUE[:, :5], WORLD.render(swapped)[:, 5:] / 255.0], axis=1)
-    scores = score_clips(WORLD, clips, TRIALS.scenes)
-    assert scores.clean.mean() < 0.1 < scores.whole.mean()
+    clips = np.concatenate([TRUE[::3, :5], WORLD.render(swapped)[:, 5:] / 255.0], axis=1)
+    scores = score_clips(WORLD, clips, TRIALS.scenes[::3])
+    assert scores.whole.all() and not scores.clean.any()
 
 
 def test_two_subjects_or_none_are_not_whole():
-    both = np.where(np.abs(TRUE - np.median(TRUE, (1, 2, 3), keepdims=True)).max(-1, keepdims=True) > 0.15, TRUE, TRUE[:, :, ::-1, ::-1])
-    apart = [np.abs(scene.track(9).mean(axis=0) - 16).max() > 8 for scene in TRIALS.scenes]
-    assert sum(apart) >= 3
-    assert not score_clips(WORLD, both, TRIALS.scenes).whole[apart].any()
+    ground = np.median(TRUE, (1, 2, 3), keepdims=True)
+    both = np.where(np.abs(TRUE - ground).max(-1, keepdims=True) > 0.15, TRUE, TRUE[:, :, ::-1, ::-1])
+    apart = [i for i, scene in enumerate(TRIALS.scenes) if np.abs(scene.track(9).mean(axis=0) - 16).max() > 8]
+    assert len(apart) >= 3
+    assert not any(sight(WORLD, both[i]).whole for i in apart)
     blank = score_clips(WORLD, np.full_like(TRUE[:2], 0.5), TRIALS.scenes[:2])
     assert not blank.whole.any() and not blank.clean.any() and not blank.motion_correct.any()
     assert blank.identity_error.min() > 0.03
@@ -100,18 +109,18 @@ def test_noise_earns_nothing():
 def test_pictures_are_scored_too():
     pool = pair_pool(WORLD, 0, 6, split="heldout")
     scores = score_clips(WORLD, pool.target[:, None] / 255.0, pool.scenes)
-    assert scores.identity_error.max() < 0.003 and scores.clean.all() and scores.motion_correct.all()
+    assert scores.identity_error.max() < 0.004 and scores.clean.all() and scores.motion_correct.all()
 
 
 def test_the_comparison_of_a_perfect_adapter():
-    scenes, clips = TRIALS.scenes[:10], TRUE[:10]
+    scenes, clips = TRIALS.scenes[:6], TRUE[:6]
     rng = WORLD.rng("heldout", 7)
     strangers = WORLD.render([
         WORLD.sample_scene(rng, WORLD.sample_subject(rng), motion=s.motion, background=s.background) for s in scenes
     ])
     swapped = WORLD.render([
         WORLD.sample_scene(rng, other.subject, motion=s.motion, background=s.background)
-        for s, other in zip(scenes, scenes[1:] + scenes[:1])
+        for s, other in zip(scenes, scenes[1:] + scenes[:1], strict=True)
     ])
     rows, verdicts = compare(
         WORLD, scenes, base=strangers / 255.0, adapted=clips, wrong=swapped / 255.0, truth=clips

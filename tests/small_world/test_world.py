@@ -48,8 +48,8 @@ def test_nothing_is_cut_off_and_areas_are_those_the_tracker_expects():
         subject = WORLD.sample_subject(rng)
         scene = WORLD.sample_scene(rng, subject)
         centre = (scene.start[0] + 1, scene.start[1] + 1)  # on a canvas with one more pixel on each side
-        colour, alpha = WORLD.render_subject(subject, centre=centre, scale=scene.scale, size=34)
-        assert max(alpha[0].max(), alpha[-1].max(), alpha[:, 0].max(), alpha[:, -1].max()) == 0
+        colour, alpha = WORLD.render_subject(subject, centres=[centre], scales=[scene.scale], size=34)
+        assert np.count_nonzero(alpha) == np.count_nonzero(alpha[0, 1:-1, 1:-1])
         assert 60 <= alpha.sum() <= 200
         assert colour.min() >= 0 and colour.max() <= 1
 
@@ -58,14 +58,14 @@ def test_render_is_the_subject_over_its_background():
     scene = _scenes(1, seed=3)[0]
     video = WORLD.render([scene])[0] / 255.0
     ground = paint_backgrounds([scene.background], np.array([scene.variation]), WORLD.config.size)[0]
-    for frame, centre in zip(video, scene.track(WORLD.config.frames)):
-        colour, alpha = WORLD.render_subject(scene.subject, centre=tuple(centre), scale=scene.scale)
-        np.testing.assert_allclose(frame, ground + alpha[..., None] * (colour - ground), atol=0.5 / 255 + 1e-4)
+    track = scene.track(WORLD.config.frames)
+    colour, alpha = WORLD.render_subject(scene.subject, centres=track, scales=np.full(len(track), scene.scale))
+    np.testing.assert_allclose(video, ground + alpha[..., None] * (colour - ground), atol=0.5 / 255 + 1e-4)
 
 
 def test_moving_by_one_pixel_moves_the_picture_by_one_pixel():
     subject = WORLD.sample_subject(WORLD.rng("train", 4))
-    here, there = (WORLD.render_subject(subject, centre=(x, 15.3))[1] for x in (14.6, 15.6))
+    here, there = WORLD.render_subject(subject, centres=[(14.6, 15.3), (15.6, 15.3)], scales=[1, 1])[1]
     np.testing.assert_allclose(here[:, :-1], there[:, 1:], atol=1e-4)
 
 
