@@ -1,6 +1,6 @@
 """A folder of this project back to a diffusers pipeline folder: `sdv export` as a script.
 
-    python convert/to_pytorch.py MODEL OUT
+python convert/to_pytorch.py MODEL OUT
 """
 
 from absl import app

@@ -1,4 +1,4 @@
-"""Shape annotations are checked while tests run, wherever beartype is installed; and the small pipelines that many tests convert."""
+"""Shape annotations are checked while tests run, where beartype is installed; and the small pipelines of many tests."""
 
 import importlib.util
 
@@ -12,7 +12,7 @@ if importlib.util.find_spec("beartype"):
 
 @pytest.fixture(scope="session")
 def tiny_pipeline_folder(tmp_path_factory):
-    """A function: rope -> a diffusers pipeline folder (float32), made once per session. Read only: copy before changing it."""
+    """A function: rope -> a diffusers pipeline folder (float32), made once per session. Copy it before changing it."""
     folders = {}
 
     def folder(rope: bool = True):

@@ -1,13 +1,14 @@
 """Orbax checkpoints whose arrays are written block by block, so that a stack of layers never exists in memory.
 
-Orbax saves whole arrays; it is told here, through its own type registry, how to save a `Streamed` one: open a zarr array of the
-final shape and write the blocks as they come. Everything around the arrays (tree metadata, commit marks) is orbax's, and any
-orbax reader restores the result, into any sharding. Each block carries a CRC-32C, so that damaged bytes are an error and
-not a weight.
+Orbax saves whole arrays; it is told here, through its own type registry, how to save a `Streamed` one: open a zarr
+array of the final shape and write the blocks as they come. Everything around the arrays (tree metadata, commit marks)
+is orbax's, and any orbax reader restores the result, into any sharding. Each block carries a CRC-32C, so that damaged
+bytes are an error and not a weight.
 """
 
+import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,22 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from sdv_jax.checkpoints.engine import Index, checksum
+from sdv_jax.checkpoints.safetensors_io import BLOCK_BYTES
 from sdv_jax.errors import UserError
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """An array yet to be produced: `blocks` yields (where, values) in C order, each covering one chunk of shape `chunk`."""
+    """An array yet to be produced: `blocks` yields (where, values) in C order, one chunk of shape `chunk` each."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     chunk: tuple[int, ...]
     blocks: Callable[[], Iterator[tuple[Index, np.ndarray]]]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
 class _StreamedHandler(ocp.type_handlers.TypeHandler):
@@ -35,29 +41,39 @@ class _StreamedHandler(ocp.type_handlers.TypeHandler):
 
     def __init__(self, done: Callable[[str, int], None]):
         self._done = done
-        # One sync when the whole folder is complete, not one per block: thousands of small files would wait for the disk.
+        # One sync when the whole folder is complete, not one per block: thousands of files would wait for the disk.
         self._context = ts.Context({"file_io_sync": False})
 
     def typestr(self) -> str:
         return "np.ndarray"
 
     async def serialize(self, values, infos, args=None):
-        for value, info in zip(values, infos):
+        group, size = [], 0
+        for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
-            store = await ts.open(_spec(info.parent_dir / info.name) | {
-                "store_data_equal_to_fill_value": True,
-                "metadata": {
-                    "shape": list(value.shape), "data_type": value.dtype.name,
-                    "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(value.chunk)}},
-                    "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-                },
-            }, create=True, open=True, context=self._context)
-            crc = 0
-            for index, block in value.blocks():
-                await store[index].write(block)
-                crc = checksum(block, crc)
-            self._done(info.name, crc)
+            # Small arrays wait for the disk together; a large one is alone, so that memory holds one block of it.
+            if size + value.nbytes > BLOCK_BYTES:
+                await _all(group)
+                group, size = [], 0
+            group.append(self._write(value, info.parent_dir, info.name))
+            size += value.nbytes
+        await _all(group)
         return []
+
+    async def _write(self, value: Streamed, folder: Path, name: str) -> None:
+        metadata = {
+            "shape": list(value.shape),
+            "data_type": value.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(value.chunk)}},
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        }
+        spec = _spec(folder / name) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
+        store = await ts.open(spec, create=True, open=True, context=self._context)
+        crc = 0
+        for index, block in value.blocks():
+            await store[index].write(block)
+            crc = checksum(block, crc)
+        self._done(name, crc)
 
     async def deserialize(self, infos, args=None):
         raise NotImplementedError("arrays are read by orbax's own handlers")
@@ -66,10 +82,18 @@ class _StreamedHandler(ocp.type_handlers.TypeHandler):
         raise NotImplementedError("arrays are read by orbax's own handlers")
 
 
+async def _all(group: list) -> None:
+    """Waits for everything in `group`, also when part of it fails; then raises the first failure."""
+    for result in await asyncio.gather(*group, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+
+
 def save(folder: Path, arrays: Mapping[str, Streamed], *, done: Callable[[], None]) -> dict[str, int]:
     """Writes `arrays` (by dotted path) as one orbax checkpoint in the new `folder`; returns their CRC-32 sums.
 
-    `done` is called after each array. The tree that orbax stores is nested dictionaries keyed by the parts of the paths.
+    `done` is called after each array. The tree that orbax stores is nested dictionaries keyed by the parts of the
+    paths.
     """
     sums = {}
 
@@ -85,20 +109,18 @@ def save(folder: Path, arrays: Mapping[str, Streamed], *, done: Callable[[], Non
     return sums
 
 
-def open_array(folder: Path, path: str) -> ts.TensorStore:
-    """One array of a saved folder, unread. Raises UserError if it is missing or its description is damaged."""
-    try:
-        return ts.open(_spec(folder / path) | {"fill_missing_data_reads": False}, open=True, read=True).result()
-    except ValueError as error:
-        raise UserError(f"{folder}: array {path} is missing or damaged ({_first_line(error)}); convert the model again") from None
+def open_arrays(folder: Path, names: Iterable[str]) -> dict[str, ts.TensorStore]:
+    """Arrays of a saved folder by path, unread. Raises UserError if one is missing or its description is damaged."""
+    # All are asked for before the first is waited for: a VAE has hundreds.
+    opening = {
+        name: ts.open(_spec(folder / name) | {"fill_missing_data_reads": False}, open=True, read=True) for name in names
+    }
+    return {name: _result(future, folder, name) for name, future in opening.items()}
 
 
-def read(folder: Path, path: str, store: ts.TensorStore, index: Index | int, dtype: np.dtype) -> np.ndarray:
+def read(folder: Path, path: str, store: ts.TensorStore, index: Index, dtype: np.dtype) -> np.ndarray:
     """Part of an array, as `dtype`. Raises UserError where blocks are missing or fail their checksum."""
-    try:
-        return ts.cast(store, dtype)[index].read().result()
-    except ValueError as error:
-        raise UserError(f"{folder}: array {path} is incomplete or damaged ({_first_line(error)}); convert the model again") from None
+    return _result(ts.cast(store, dtype)[index].read(), folder, path)
 
 
 def paths(folder: Path) -> set[str]:
@@ -123,8 +145,14 @@ def _nested(flat: Mapping[str, Streamed]) -> dict:
     return tree
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:160]
+def _result(future: ts.Future, folder: Path, path: str):
+    try:
+        return future.result()
+    except ValueError as error:
+        reason = str(error).splitlines()[0][:160]
+        raise UserError(
+            f"{folder}: array {path} is incomplete or damaged ({reason}); convert the model again"
+        ) from None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from sdv_jax.checkpoints import arrays, diffusers_folder, model_folder, safetensors_io
+from sdv_jax.checkpoints import arrays, diffusers_folder, model_folder
 from sdv_jax.checkpoints.engine import Leaf, Source
 from sdv_jax.checkpoints.model_folder import MODEL_FILE, Stored, file_sum
 from sdv_jax.checkpoints.safetensors_io import CODES, DTYPES, SHARD_BYTES, Output, rows_of, write_folder, write_json
@@ -19,8 +19,14 @@ from sdv_jax.progress import Progress
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
-def convert(src: str | os.PathLike, dst: str | os.PathLike, *, dtype: str | None = None, verify: bool = False,
-            progress: bool = True) -> None:
+def convert(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    verify: bool = False,
+    progress: bool = True,
+) -> None:
     """Converts the diffusers pipeline `src` (a folder or a Hugging Face id) into the new folder `dst`.
 
     Args:
@@ -47,9 +53,15 @@ def convert(src: str | os.PathLike, dst: str | os.PathLike, *, dtype: str | None
         except UserError as error:
             errors.append(str(error))
     diffusers_folder.raise_all(errors)
-    kinds = {name: {leaf.path: _DTYPES[dtype] if dtype else source.dtype_of(leaf) for leaf in source.leaves}
-             for name, source in sources.items()}
-    needed = sum(int(np.prod(leaf.shape)) * kinds[name][leaf.path].itemsize for name, source in sources.items() for leaf in source.leaves)
+    kinds = {
+        name: {leaf.path: _DTYPES[dtype] if dtype else source.dtype_of(leaf) for leaf in source.leaves}
+        for name, source in sources.items()
+    }
+    needed = sum(
+        int(np.prod(leaf.shape)) * kinds[name][leaf.path].itemsize
+        for name, source in sources.items()
+        for leaf in source.leaves
+    )
     bars = Progress(shown=progress)
     with staged(Path(dst), needed=needed) as partial:
         sums = {}
@@ -72,23 +84,33 @@ def _write_arrays(folder: Path, source: Source, kinds: dict[str, np.dtype], adva
     return {path: f"{crc:08x}" for path, crc in sorted(sums.items())}
 
 
-def _describe(config: dict, sources: dict[str, Source], kinds: dict, sums: dict, tokenizer: Path, *, cast: str | None) -> dict:
-    """model.json. `tied` and `tensor_dtypes` hold what export could not know otherwise; mostly they are nearly empty."""
+def _describe(
+    config: dict, sources: dict[str, Source], kinds: dict, sums: dict, tokenizer: Path, *, cast: str | None
+) -> dict:
+    """model.json. `tied` and `tensor_dtypes` hold what export could not know otherwise; mostly they are empty."""
     raw = {name: dict(values) for name, values in config["config"].items()}
     tied, narrow = {}, {}
     for name, source in sources.items():
         tied[name] = {first: [tensor.name for tensor in tensors] for first, tensors in source.tied.items()}
-        narrow[name] = {} if cast else {
-            tensor: CODES[source.tensors[tensor].dtype] for leaf in source.leaves for tensor in leaf.names
-            if source.tensors[tensor].dtype != kinds[name][leaf.path]
-        }
+        narrow[name] = (
+            {}
+            if cast
+            else {
+                tensor: CODES[source.tensors[tensor].dtype]
+                for leaf in source.leaves
+                for tensor in leaf.names
+                if source.tensors[tensor].dtype != kinds[name][leaf.path]
+            }
+        )
         for key in ("dtype", "torch_dtype"):  # transformers notes here what it loads by default
             if cast and key in raw[name]:
                 raw[name][key] = cast
     return {
-        **config, "config": raw,
+        **config,
+        "config": raw,
         "dtype": {name: "+".join(sorted({kind.name for kind in found.values()})) for name, found in kinds.items()},
-        "tied": tied, "tensor_dtypes": narrow,
+        "tied": tied,
+        "tensor_dtypes": narrow,
         "tokenizer": {str(f.relative_to(tokenizer)): file_sum(f) for f in sorted(tokenizer.rglob("*")) if f.is_file()},
         "checksums": sums,
     }
@@ -97,11 +119,14 @@ def _describe(config: dict, sources: dict[str, Source], kinds: dict, sums: dict,
 # ---------------------------------------------------------------- back
 
 
-def export(model: str | os.PathLike, out: str | os.PathLike, *, shard_bytes: int = SHARD_BYTES, progress: bool = True) -> None:
-    """Writes the converted folder `model` as the diffusers pipeline folder `out`, tensors bit-equal to those that came in.
+def export(
+    model: str | os.PathLike, out: str | os.PathLike, *, shard_bytes: int = SHARD_BYTES, progress: bool = True
+) -> None:
+    """Writes the converted folder `model` as the diffusers pipeline folder `out`, tensors bit-equal to those that came
+    in.
 
-    Weights beyond `shard_bytes` are split into files with an index, as diffusers does. Raises UserError if `model` is not an
-    intact converted folder or `out` cannot be written; `out` then does not exist.
+    Weights beyond `shard_bytes` are split into files with an index, as diffusers does. Raises UserError if `model` is
+    not an intact converted folder or `out` cannot be written; `out` then does not exist.
     """
     folder = Path(model)
     config = model_folder.read_config(folder)
@@ -111,7 +136,9 @@ def export(model: str | os.PathLike, out: str | os.PathLike, *, shard_bytes: int
     stored = {name: model_folder.open_stored(folder, name, config) for name in family.components}
     if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
         raise UserError(f"{folder / 'tokenizer'}: no tokenizer_config.json; convert the model again")
-    outputs = {name: _outputs(part, config["tensor_dtypes"][name], config["tied"][name]) for name, part in stored.items()}
+    outputs = {
+        name: _outputs(part, config["tensor_dtypes"][name], config["tied"][name]) for name, part in stored.items()
+    }
     bars = Progress(shown=progress)
     with staged(Path(out), needed=sum(o.nbytes for found in outputs.values() for o in found)) as partial:
         for name, found in outputs.items():
@@ -131,7 +158,10 @@ def _outputs(stored: Stored, narrow: dict[str, str], tied: dict[str, list[str]])
     for leaf in stored.leaves:
         for layer, name in enumerate(leaf.names):
             dtype = DTYPES[narrow[name]] if name in narrow else stored.dtype_of(leaf)
-            outputs += [Output(written, dtype, leaf.tensor_shape, _Layer(stored, leaf, layer, dtype)) for written in tied.get(name, [name])]
+            outputs += [
+                Output(written, dtype, leaf.tensor_shape, _Layer(stored, leaf, layer, dtype))
+                for written in tied.get(name, [name])
+            ]
     return outputs
 
 

@@ -35,7 +35,8 @@ def locate(source: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict:
-    """What model.json says of a converted folder, except dtypes and checksums, gathered from a pipeline folder's json files.
+    """What model.json says of a converted folder, except dtypes and checksums, gathered from a pipeline folder's json
+    files.
 
     Raises UserError for a missing or unreadable file, an unknown class, component or config key.
     """
@@ -45,8 +46,10 @@ def read_config(folder: Path) -> dict:
     index = read_json(index_file)
     family = next((f for f in FAMILIES if f.pipeline == index.get("_class_name")), None)
     if family is None:
-        raise UserError(f"{index_file}: unknown pipeline class {index.get('_class_name')!r}; "
-                        f"known: {', '.join(f.pipeline for f in FAMILIES)}")
+        raise UserError(
+            f"{index_file}: unknown pipeline class {index.get('_class_name')!r}; "
+            f"known: {', '.join(f.pipeline for f in FAMILIES)}"
+        )
     _check_index(index, index_file, family)
     raw, configs, errors = {}, {}, []
     for name in family.components:
@@ -59,9 +62,18 @@ def read_config(folder: Path) -> dict:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     _check_scheduler(family, scheduler, folder / "scheduler" / "scheduler_config.json")
     if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-        raise UserError(f"{folder / 'tokenizer'}: no tokenizer_config.json; the tokenizer's folder is missing or incomplete")
-    return {"format_version": FORMAT_VERSION, "family": family.name, "variant": family.variant(configs),
-            "source": str(folder.absolute()), "model_index": index, "config": raw, "scheduler": scheduler}
+        raise UserError(
+            f"{folder / 'tokenizer'}: no tokenizer_config.json; the tokenizer's folder is missing or incomplete"
+        )
+    return {
+        "format_version": FORMAT_VERSION,
+        "family": family.name,
+        "variant": family.variant(configs),
+        "source": str(folder.absolute()),
+        "model_index": index,
+        "config": raw,
+        "scheduler": scheduler,
+    }
 
 
 def open_component(folder: Path, family: Family, name: str, raw: dict) -> Source:
@@ -71,7 +83,9 @@ def open_component(folder: Path, family: Family, name: str, raw: dict) -> Source
     """
     component = family.components[name]
     config = parse_component(family, name, raw, folder / name / "config.json")
-    return match(open_folder(folder / name), component.leaves(config), component.rules(config), where=str(folder / name))
+    return match(
+        open_folder(folder / name), component.leaves(config), component.rules(config), where=str(folder / name)
+    )
 
 
 def parse_component(family: Family, name: str, raw: dict, where: Path):
@@ -104,12 +118,22 @@ def raise_all(errors: Iterable[str]) -> None:
 
 def _check_index(index: dict, file: Path, family: Family) -> None:
     expected = {name: component.torch_class for name, component in family.components.items()}
-    parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1] is not None}
+    parts = {
+        name: value[1]
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and value[1] is not None
+    }
     problems = [f"no {name} ({kind})" for name, kind in expected.items() if name not in parts]
-    problems += [f"{name} has unknown class {parts[name]}, expected {kind}"
-                 for name, kind in expected.items() if parts.get(name, kind) != kind]
-    problems += [f"unknown component {name} ({kind})" for name, kind in parts.items()
-                 if name not in expected and name not in ("scheduler", "tokenizer")]
+    problems += [
+        f"{name} has unknown class {parts[name]}, expected {kind}"
+        for name, kind in expected.items()
+        if parts.get(name, kind) != kind
+    ]
+    problems += [
+        f"unknown component {name} ({kind})"
+        for name, kind in parts.items()
+        if name not in expected and name not in ("scheduler", "tokenizer")
+    ]
     problems += [f"no {name}" for name in ("scheduler", "tokenizer") if name not in parts]
     if problems:
         raise UserError(f"{file}: {'; '.join(problems)}")

@@ -1,8 +1,8 @@
 """Matches a checkpoint's tensors with a model's leaves, strictly, and moves values one block at a time.
 
-Nothing here knows a family: a component's rules say what is called what, the model built abstractly says which leaves there
-are. Every tensor is used exactly once or named as ignored, every leaf is filled, shapes are equal; all that is wrong is
-collected and reported together.
+Nothing here knows a family: a component's rules say what is called what, the model built abstractly says which leaves
+there are. Every tensor is used exactly once or named as ignored, every leaf is filled, shapes are equal; all that is
+wrong is collected and reported together.
 """
 
 import zlib
@@ -19,15 +19,19 @@ from sdv_jax.errors import UserError
 from sdv_jax.sharding import dotted
 
 # Exponent bits all set = infinite or not a number. Testing bits needs no conversion and serves every width alike.
-_EXPONENT = {np.dtype(np.float64): (np.uint64, 0x7FF0000000000000), np.dtype(np.float32): (np.uint32, 0x7F800000),
-             np.dtype(np.float16): (np.uint16, 0x7C00), np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80)}
+_EXPONENT = {
+    np.dtype(np.float64): (np.uint64, 0x7FF0000000000000),
+    np.dtype(np.float32): (np.uint32, 0x7F800000),
+    np.dtype(np.float16): (np.uint16, 0x7C00),
+    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
+}
 
 Index = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """One leaf of the model and the names of the torch tensors behind it: one per layer if stacked, else exactly one."""
+    """One leaf of the model and the names of the torch tensors behind it: one per layer if stacked, else one."""
 
     path: str
     shape: tuple[int, ...]
@@ -51,9 +55,9 @@ class Leaf:
 
     def blocks(self, chunk: tuple[int, ...]) -> Iterator[Index]:
         """Where the blocks of shape `chunk` lie, in C order; only the leading axes are ever divided."""
-        corners = np.ndindex(*(-(-n // c) for n, c in zip(self.shape, chunk)))
+        corners = np.ndindex(*(-(-n // c) for n, c in zip(self.shape, chunk, strict=True)))
         for corner in corners:
-            yield tuple(slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(corner, chunk, self.shape))
+            yield tuple(slice(i * c, min((i + 1) * c, n)) for i, c, n in zip(corner, chunk, self.shape, strict=True))
 
 
 def leaf_shapes(abstract: nnx.State) -> dict[str, tuple[int, ...]]:
@@ -73,12 +77,17 @@ def leaves_of(shapes: Mapping[str, tuple[int, ...]], rules: Rules) -> tuple[Leaf
 
 
 def problems_between(leaves: Iterable[Leaf], shapes: Mapping[str, tuple[int, ...]], rules: Rules) -> list[str]:
-    """What keeps tensors of these torch names and shapes (aliases resolved) from filling `leaves` exactly; empty if nothing does."""
+    """What keeps tensors of these names and shapes (aliases resolved) from filling `leaves` exactly, if anything."""
     wanted = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names}
     missing = [f"missing {name} {wanted[name]}" for name in sorted(wanted.keys() - shapes.keys())]
-    extra = [f"unexpected {name} {shapes[name]}" for name in sorted(shapes.keys() - wanted.keys()) if not rules.ignored(name)]
-    wrong = [f"{name} has shape {shapes[name]}, expected {wanted[name]}"
-             for name in sorted(wanted.keys() & shapes.keys()) if shapes[name] != wanted[name]]
+    extra = [
+        f"unexpected {name} {shapes[name]}" for name in sorted(shapes.keys() - wanted.keys()) if not rules.ignored(name)
+    ]
+    wrong = [
+        f"{name} has shape {shapes[name]}, expected {wanted[name]}"
+        for name in sorted(wanted.keys() & shapes.keys())
+        if shapes[name] != wanted[name]
+    ]
     return missing + extra + wrong
 
 
@@ -104,7 +113,7 @@ class Source:
         return leaf.rule.transform.to_ours(self.tensors[leaf.names[index]].read())
 
     def read(self, leaf: Leaf, index: Index, dtype: np.dtype) -> np.ndarray:
-        """The part `index` of `leaf` as `dtype`. Reads one tensor at a time; raises UserError at a NaN or an infinity."""
+        """The part `index` of `leaf` as `dtype`. Holds one tensor at a time; raises UserError at a NaN or infinity."""
         if not leaf.rule.stacked:
             return self._checked(self.layer(leaf, 0)[index], leaf.names[0], dtype)
         layers = range(*index[0].indices(leaf.shape[0]))
@@ -116,7 +125,7 @@ class Source:
         return out
 
     def blocks(self, leaf: Leaf, dtype: np.dtype) -> Iterator[tuple[Index, np.ndarray]]:
-        """(where, values as `dtype`) of each block of `leaf`, in C order. Raises UserError at the first NaN or infinity."""
+        """(where, values as `dtype`) of each block of `leaf`, in C order. Raises UserError at a NaN or infinity."""
         chunk = leaf.chunk(dtype)
         if chunk == leaf.shape:
             whole = tuple(slice(0, n) for n in leaf.shape)
@@ -143,8 +152,12 @@ class Source:
         """Raises UserError where a tied tensor is stored under several names with different values."""
         for first, *others in self.tied.values():
             for other in others:
-                if (first.dtype, first.shape) != (other.dtype, other.shape) or checksum(first.read()) != checksum(other.read()):
-                    raise UserError(f"{self.where}: {first.name} and {other.name} differ, but are one tied tensor in this model")
+                if (first.dtype, first.shape) != (other.dtype, other.shape) or checksum(first.read()) != checksum(
+                    other.read()
+                ):
+                    raise UserError(
+                        f"{self.where}: {first.name} and {other.name} differ, but are one tied tensor in this model"
+                    )
 
 
 def match(tensors: Mapping[str, Tensor], leaves: tuple[Leaf, ...], rules: Rules, *, where: str) -> Source:

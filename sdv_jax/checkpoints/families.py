@@ -1,4 +1,4 @@
-"""The families of models that can be converted: for each component of a pipeline, its class there, its class here, its rules."""
+"""The families that can be converted: for each component of a pipeline, its class there, its class here, its rules."""
 
 import dataclasses
 import functools
@@ -68,18 +68,23 @@ class Family:
         return "custom"
 
     def placement(self, name: str) -> Table:
-        """The sharding table of a component. Whatever the denoiser's table does not name elsewhere is small and replicated."""
+        """The sharding table of a component. What the denoiser's table does not name elsewhere is replicated."""
         return self.sharding if name == self.denoiser else (*self.sharding, (r"", jax.P()))
 
 
 def _fields(cls) -> Callable[[Mapping, Path], object]:
-    """Reads a diffusers config.json: its keys are the fields of `cls`; those that start with "_" are the writer's notes."""
+    """Reads a diffusers config.json: its keys are the fields of `cls`; those that start with "_" are only notes."""
 
     def parse(raw: Mapping, where: Path):
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items() if not key.startswith("_")}
+        values = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in raw.items()
+            if not key.startswith("_")
+        }
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - known):
-            raise UserError(f"{where}: unknown config key {', '.join(unknown)}; {raw.get('_class_name')} has {', '.join(sorted(known))}")
+            known = ", ".join(sorted(known))
+            raise UserError(f"{where}: unknown config key {', '.join(unknown)}; {raw.get('_class_name')} has {known}")
         return _located(lambda: cls(**values), where)
 
     return parse
@@ -90,7 +95,11 @@ def _located(make: Callable, where: Path):
         return make()
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except (TypeError, ArithmeticError, AttributeError) as error:  # a value of the wrong kind, such as a text for a size
+    except (
+        TypeError,
+        ArithmeticError,
+        AttributeError,
+    ) as error:  # a value of the wrong kind, such as a text for a size
         raise UserError(f"{where}: a value does not make sense ({error})") from None
 
 
@@ -98,11 +107,23 @@ COGVIDEOX = Family(
     name="cogvideox",
     pipeline="CogVideoXPipeline",
     components={
-        "transformer": Component("CogVideoXTransformer3DModel", "diffusion_pytorch_model", _fields(TransformerConfig), Transformer,
-                                 lambda config: cogvideox.transformer(config.patch_size)),
-        "vae": Component("AutoencoderKLCogVideoX", "diffusion_pytorch_model", _fields(VAEConfig), VAE, lambda config: cogvideox.VAE),
-        "text_encoder": Component("T5EncoderModel", "model", lambda raw, where: _located(lambda: T5Config.from_json(raw), where),
-                                  T5Encoder, lambda config: t5.ENCODER),
+        "transformer": Component(
+            "CogVideoXTransformer3DModel",
+            "diffusion_pytorch_model",
+            _fields(TransformerConfig),
+            Transformer,
+            lambda config: cogvideox.transformer(config.patch_size),
+        ),
+        "vae": Component(
+            "AutoencoderKLCogVideoX", "diffusion_pytorch_model", _fields(VAEConfig), VAE, lambda config: cogvideox.VAE
+        ),
+        "text_encoder": Component(
+            "T5EncoderModel",
+            "model",
+            lambda raw, where: _located(lambda: T5Config.from_json(raw), where),
+            T5Encoder,
+            lambda config: t5.ENCODER,
+        ),
     },
     scheduler=SchedulerConfig.from_dict,
     variants=models.VARIANTS,
@@ -110,3 +131,12 @@ COGVIDEOX = Family(
 )
 
 FAMILIES = (COGVIDEOX,)
+
+
+def rules_of(denoiser: nnx.Module) -> tuple[str, Rules]:
+    """(family, conversion rules) of a transformer. Raises TypeError for a module that is no family's."""
+    for family in FAMILIES:
+        component = family.components[family.denoiser]
+        if isinstance(denoiser, component.module):
+            return family.name, component.rules(denoiser.config)
+    raise TypeError(f"{type(denoiser).__name__} is not the transformer of a known family")

@@ -1,9 +1,9 @@
 """A converted model on disk, and loading components from it or straight from a diffusers folder.
 
-    MODEL/
-      model.json         family, variant, every component's config and the scheduler's verbatim, dtypes, checksums
-      transformer/  vae/  text_encoder/     one orbax checkpoint each: a zarr array per leaf
-      tokenizer/         the files as they came
+MODEL/
+  model.json         family, variant, every component's config and the scheduler's verbatim, dtypes, checksums
+  transformer/  vae/  text_encoder/     one orbax checkpoint each: a zarr array per leaf
+  tokenizer/         the files as they came
 """
 
 import os
@@ -26,7 +26,18 @@ from sdv_jax.errors import UserError
 from sdv_jax.sharding import dotted, shardings
 
 MODEL_FILE = "model.json"
-_KEYS = ("format_version", "family", "variant", "source", "model_index", "config", "scheduler", "dtype", "checksums", "tokenizer")
+_KEYS = (
+    "format_version",
+    "family",
+    "variant",
+    "source",
+    "model_index",
+    "config",
+    "scheduler",
+    "dtype",
+    "checksums",
+    "tokenizer",
+)
 
 
 def read_config(path: str | os.PathLike) -> dict:
@@ -39,15 +50,21 @@ def read_config(path: str | os.PathLike) -> dict:
         raise UserError(f"{path}: no such folder; expected a converted model or a diffusers pipeline folder")
     if not (folder / MODEL_FILE).is_file():
         if not (folder / "model_index.json").is_file():
-            raise UserError(f"{path}: neither {MODEL_FILE} (a converted model) nor model_index.json (a diffusers pipeline)")
+            raise UserError(
+                f"{path}: neither {MODEL_FILE} (a converted model) nor model_index.json (a diffusers pipeline)"
+            )
         return diffusers_folder.read_config(folder)
     config = read_json(folder / MODEL_FILE)
     if config.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{folder / MODEL_FILE}: format_version is {config.get('format_version')!r}, expected {FORMAT_VERSION}; "
-                        "convert the model again")
+        raise UserError(
+            f"{folder / MODEL_FILE}: format_version is {config.get('format_version')!r}, expected {FORMAT_VERSION}; "
+            "convert the model again"
+        )
     if missing := [key for key in _KEYS if key not in config]:
         raise UserError(f"{folder / MODEL_FILE}: no {', '.join(missing)}; convert the model again")
-    family_of(config, folder)
+    absent = [name for name in family_of(config, folder).components if not isinstance(config["config"].get(name), dict)]
+    if absent:
+        raise UserError(f"{folder / MODEL_FILE}: no config of {', '.join(absent)}; convert the model again")
     return config
 
 
@@ -77,26 +94,32 @@ class Stored:
 def open_stored(folder: Path, name: str, config: dict) -> Stored:
     """Component `name` of the converted `folder`, with its arrays checked by name and shape but not read."""
     family = family_of(config, folder)
-    if name not in family.components or name not in config["config"]:
-        raise UserError(f"{folder}: no component {name!r}; it has {', '.join(config['config'])}")
     parsed = parse_component(family, name, config["config"][name], folder / MODEL_FILE)
     leaves = family.components[name].leaves(parsed)
     wanted, found = {leaf.path for leaf in leaves}, arrays.paths(folder / name)
-    problems = [f"missing {path}" for path in sorted(wanted - found)] + [f"unexpected {path}" for path in sorted(found - wanted)]
-    stores = {path: arrays.open_array(folder / name, path) for path in sorted(wanted & found)}
-    problems += [f"{leaf.path} has shape {stores[leaf.path].shape}, expected {leaf.shape}"
-                 for leaf in leaves if leaf.path in stores and stores[leaf.path].shape != leaf.shape]
+    problems = [f"missing {path}" for path in sorted(wanted - found)] + [
+        f"unexpected {path}" for path in sorted(found - wanted)
+    ]
+    stores = arrays.open_arrays(folder / name, sorted(wanted & found))
+    problems += [
+        f"{leaf.path} has shape {stores[leaf.path].shape}, expected {leaf.shape}"
+        for leaf in leaves
+        if leaf.path in stores and stores[leaf.path].shape != leaf.shape
+    ]
     if problems:
         raise UserError(f"{folder / name}: the arrays do not fit the config: {listing(problems)}")
     return Stored(folder / name, leaves, stores)
 
 
-def load_component(path: str | os.PathLike, name: str, dtype="float32", mesh: jax.sharding.Mesh | None = None, *,
-                   check: bool = False) -> nnx.Module:
-    """Component `name` ("transformer", "vae", "text_encoder") with its weights as `dtype`, spread over `mesh` if there is one.
+def load_component(
+    path: str | os.PathLike, name: str, dtype="float32", mesh: jax.sharding.Mesh | None = None, *, check: bool = False
+) -> nnx.Module:
+    """Component `name` ("transformer", "vae", "text_encoder") with its weights as `dtype`, spread over `mesh` if there
+    is one.
 
-    `path` is a converted folder or a diffusers pipeline folder. Leaves are read one at a time, and with a mesh each device's
-    part only. `check` compares the checksums of a converted folder first. Raises UserError for anything wrong on disk.
+    `path` is a converted folder or a diffusers pipeline folder. Leaves are read one at a time, and with a mesh each
+    device's part only. `check` compares the checksums of a converted folder first. Raises UserError for anything wrong
+    on disk.
     """
     folder = Path(path)
     config = read_config(folder)
@@ -112,7 +135,9 @@ def load_component(path: str | os.PathLike, name: str, dtype="float32", mesh: ja
         source = open_component(folder, family, name, config["config"][name])
         source.check_tied()
     graph, state = nnx.split(family.components[name].abstract(parsed, dtype=jnp.dtype(dtype)))
-    return nnx.merge(graph, fill(state, source, dtype=jnp.dtype(dtype), placement=_placement(family, name, state, mesh)))
+    return nnx.merge(
+        graph, fill(state, source, dtype=jnp.dtype(dtype), placement=_placement(family, name, state, mesh))
+    )
 
 
 def fill(state: nnx.State, source: Source | Stored, *, dtype: np.dtype, placement: dict) -> nnx.State:
@@ -136,7 +161,9 @@ def _array(leaf: Leaf, read: Callable[[Index], np.ndarray], sharding, dtype: np.
 
 
 def _placement(family: Family, name: str, state: nnx.State, mesh) -> dict:
-    return {dotted(path): sharding for path, sharding in nnx.to_flat_state(shardings(state, family.placement(name), mesh))}
+    return {
+        dotted(path): sharding for path, sharding in nnx.to_flat_state(shardings(state, family.placement(name), mesh))
+    }
 
 
 def check_sums(path: str | os.PathLike, config: dict | None = None, *names: str) -> None:
@@ -159,7 +186,9 @@ def check_sums(path: str | os.PathLike, config: dict | None = None, *names: str)
         if not (folder / "tokenizer" / file).is_file() or file_sum(folder / "tokenizer" / file) != expected:
             wrong.append(f"tokenizer/{file}")
     if wrong:
-        raise UserError(f"{folder}: changed since conversion (checksums differ): {listing(wrong)}; convert the model again")
+        raise UserError(
+            f"{folder}: changed since conversion (checksums differ): {listing(wrong)}; convert the model again"
+        )
 
 
 def file_sum(file: Path) -> str:

@@ -1,8 +1,8 @@
 """Safetensors files and folders of them, read and written one tensor at a time.
 
-The format is an eight-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} and the raw bytes.
-Reading goes through `pread`, not `mmap`: pages of a mapped file count as resident memory, and a 20 GB checkpoint that was
-walked through once would look, and on a small machine act, like 20 GB in use.
+The format is an eight-byte little-endian header length, a JSON header {name: {dtype, shape, data_offsets}} and the raw
+bytes. Reading goes through `pread`, not `mmap`: pages of a mapped file count as resident memory, and a 20 GB checkpoint
+that was walked through once would look, and on a small machine act, like 20 GB in use.
 """
 
 import json
@@ -17,8 +17,12 @@ import numpy as np
 
 from sdv_jax.errors import UserError
 
-DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-          "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 BLOCK_BYTES = 32 * 2**20
 SHARD_BYTES = 5 * 10**9
@@ -49,9 +53,11 @@ class Tensor:
             f.seek(self.start)
             done = 0
             while done < len(view):
-                got = f.readinto(view[done:done + BLOCK_BYTES])
+                got = f.readinto(view[done : done + BLOCK_BYTES])
                 if not got:
-                    raise UserError(f"{self.file}: ends inside tensor {self.name}; the file is truncated, download it again")
+                    raise UserError(
+                        f"{self.file}: ends inside tensor {self.name}; the file is truncated, download it again"
+                    )
                 done += got
         return buffer
 
@@ -61,12 +67,17 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
     Raises UserError for a truncated or corrupt file and for a dtype that is not a floating point one of 16 to 64 bits.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as f:
-        length = int.from_bytes(f.read(8), "little")
-        if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise UserError(f"{file}: not a safetensors file or truncated ({size} bytes, header of {length}); download it again")
-        raw = f.read(length)
+    try:
+        with open(file, "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            length = int.from_bytes(f.read(8), "little")
+            if size < 8 or not 2 <= length <= min(_MAX_HEADER, size - 8):
+                raise UserError(
+                    f"{file}: not a safetensors file or truncated ({size} bytes, header of {length}); download it again"
+                )
+            raw = f.read(length)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
@@ -74,14 +85,20 @@ def read_header(file: Path) -> dict[str, Tensor]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: its safetensors header cannot be read ({type(error).__name__}); the file is corrupt") from None
+        raise UserError(
+            f"{file}: its safetensors header cannot be read ({type(error).__name__}); the file is corrupt"
+        ) from None
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda t: (t.start, t.nbytes)):
         if tensor.start != end:
-            raise UserError(f"{file}: tensor {tensor.name} starts at byte {tensor.start}, expected {end}; the file is corrupt")
+            raise UserError(
+                f"{file}: tensor {tensor.name} starts at byte {tensor.start}, expected {end}; the file is corrupt"
+            )
         end += tensor.nbytes
     if end != size:
-        raise UserError(f"{file}: has {size} bytes, its header promises {end}; the file is truncated or corrupt, download it again")
+        raise UserError(
+            f"{file}: has {size} bytes, its header promises {end}; the file is truncated or corrupt, download it again"
+        )
     return tensors
 
 
@@ -91,8 +108,10 @@ def _entry(file: Path, name: str, item: dict, base: int) -> Tensor:
     start, stop = item["data_offsets"]
     tensor = Tensor(file, name, DTYPES[item["dtype"]], tuple(int(n) for n in item["shape"]), base + int(start))
     if min(tensor.shape, default=0) < 0 or stop - start != tensor.nbytes:
-        raise UserError(f"{file}: tensor {name} has {stop - start} bytes, its shape {tensor.shape} needs {tensor.nbytes}; "
-                        "the file is corrupt")
+        raise UserError(
+            f"{file}: tensor {name} has {stop - start} bytes, its shape {tensor.shape} needs {tensor.nbytes}; "
+            "the file is corrupt"
+        )
     return tensor
 
 
@@ -100,9 +119,11 @@ def _entry(file: Path, name: str, item: dict, base: int) -> Tensor:
 
 
 def open_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a component folder: one file, or shards with their index, with or without a variant (`.fp16`) in the name.
+    """All tensors of a component folder: one file, or shards with their index, with or without a variant (`.fp16`) in
+    the name.
 
-    Raises UserError where there are no weights, where several variants leave the choice open, and where index and files disagree.
+    Raises UserError where there are no weights, where several variants leave the choice open, and where index and files
+    disagree.
     """
     file = weights_file(folder)
     return read_header(file) if file.suffix == ".safetensors" else _open_index(file)
@@ -120,15 +141,19 @@ def weights_file(folder: Path) -> Path:
     if not chosen:
         shards = [n for n in names if _is_weights(n)]
         pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        why = (f"shards without their index ({shards[0]}, …)" if shards else
-               f"only pickled weights ({pickled[0]}); save them again as safetensors" if pickled else
-               f"no weights ({STEMS[0]}.safetensors or {STEMS[1]}.safetensors)")
+        why = (
+            f"shards without their index ({shards[0]}, …)"
+            if shards
+            else f"only pickled weights ({pickled[0]}); save them again as safetensors"
+            if pickled
+            else f"no weights ({STEMS[0]}.safetensors or {STEMS[1]}.safetensors)"
+        )
         raise UserError(f"{folder}: {why}")
     return folder / chosen[0]
 
 
 def variant_of(name: str) -> str | None:
-    """The variant in a weight file's name: "fp16" of model.fp16.safetensors and of model.safetensors.index.fp16.json."""
+    """The variant in a weight file's name: "fp16" of model.fp16.safetensors, of model.safetensors.index.fp16.json."""
     for stem in STEMS:
         name = name.removeprefix(f"{stem}.")
     rest = [part for part in name.split(".") if part not in ("safetensors", "index", "json")]
@@ -192,7 +217,8 @@ def write_folder(folder: Path, stem: str, outputs: Sequence[Output], *, shard_by
         shards[-1].append(output)
         size += output.nbytes
     if len(shards) == 1:
-        return write_file(folder / f"{stem}.safetensors", shards[0])
+        write_file(folder / f"{stem}.safetensors", shards[0])
+        return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -209,8 +235,11 @@ def write_file(path: Path, outputs: Sequence[Output], *, metadata: Mapping[str, 
     """
     header, offset = {"__metadata__": {"format": "pt"} | dict(metadata or {})}, 0
     for output in outputs:
-        header[output.name] = {"dtype": CODES[output.dtype], "shape": list(output.shape),
-                               "data_offsets": [offset, offset + output.nbytes]}
+        header[output.name] = {
+            "dtype": CODES[output.dtype],
+            "shape": list(output.shape),
+            "data_offsets": [offset, offset + output.nbytes],
+        }
         offset += output.nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
@@ -236,11 +265,11 @@ def rows_of(array: np.ndarray, limit: int = BLOCK_BYTES) -> Iterator[np.ndarray]
         return
     step = rows_per_block(array.shape, array.dtype.itemsize, limit)
     for start in range(0, array.shape[0], step):
-        yield np.ascontiguousarray(array[start:start + step])
+        yield np.ascontiguousarray(array[start : start + step])
 
 
 def rows_per_block(shape: Sequence[int], itemsize: int, limit: int = BLOCK_BYTES) -> int:
-    """How many rows of the first axis one block takes: all blocks about equal, none above `limit` unless a single row is."""
+    """How many rows of the first axis one block takes: blocks about equal, none above `limit` unless one row is."""
     row = int(np.prod(shape[1:], dtype=np.int64)) * itemsize
     blocks = -(-shape[0] // max(1, limit // row))
     return -(-shape[0] // blocks)

@@ -14,10 +14,12 @@ _SLACK = 64 * 2**20  # json files, tokenizer, file system overhead
 
 @contextmanager
 def staged(destination: Path, *, needed: int) -> Iterator[Path]:
-    """Yields a new folder that becomes `destination` when the block ends without an error, and vanishes when it does not.
+    """Yields a new folder that becomes `destination` when the block ends without an error, and vanishes when it does
+    not.
 
-    What a killed process left behind is removed by the next one; while a process lives, nobody else can write here. Raises
-    UserError if `destination` exists, its parent cannot be written, or the disk has less than `needed` bytes free.
+    What a killed process left behind is removed by the next one; while a process lives, nobody else can write here.
+    Raises UserError if `destination` exists, its parent cannot be written, or the disk has less than `needed` bytes
+    free.
     """
     destination = destination.absolute()
     if destination.exists() or destination.is_symlink():
@@ -37,7 +39,8 @@ def staged(destination: Path, *, needed: int) -> Iterator[Path]:
             _empty(partial)
             free = shutil.disk_usage(destination.parent).free
             if free < needed + _SLACK:
-                raise UserError(f"{destination.parent}: not enough disk: {_gigabytes(needed + _SLACK)} needed, {_gigabytes(free)} free")
+                wanted = _gigabytes(needed + _SLACK)
+                raise UserError(f"{destination.parent}: not enough disk: {wanted} needed, {_gigabytes(free)} free")
             yield partial
             os.sync()  # what the new name stands for must not be lost in a crash that the name survives
             os.rename(partial, destination)

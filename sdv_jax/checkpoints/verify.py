@@ -1,6 +1,7 @@
 """A converted model against the library it came from: each component of both, run on the same random inputs in float32.
 
-The only module of the package that runs torch; torch, diffusers and transformers are what `pip install 'sdv_jax[test]'` brings.
+The only module of the package that runs torch; torch, diffusers and transformers are what `pip install 'sdv_jax[test]'`
+brings.
 """
 
 import os
@@ -29,12 +30,14 @@ class Row:
     relative: float
 
 
-def verify(src: str | os.PathLike, model: str | os.PathLike, *, tolerance: float = TOLERANCE, seed: int = 0) -> list[Row]:
+def verify(
+    src: str | os.PathLike, model: str | os.PathLike, *, tolerance: float = TOLERANCE, seed: int = 0
+) -> list[Row]:
     """Compares the converted folder `model` with the diffusers pipeline `src`; prints a table and returns its rows.
 
-    Both models are held in float32, one component at a time. Weights that conversion narrowed are narrowed in the original
-    too, so that what is compared is the computation. Raises UserError if a relative error exceeds `tolerance`, and where torch
-    or diffusers is not installed.
+    Both models are held in float32, one component at a time. Weights that conversion narrowed are narrowed in the
+    original too, so that what is compared is the computation. Raises UserError if a relative error exceeds `tolerance`,
+    and where torch or diffusers is not installed.
     """
     require_torch()
     src, model = diffusers_folder.locate(src), Path(model)
@@ -50,7 +53,9 @@ def verify(src: str | os.PathLike, model: str | os.PathLike, *, tolerance: float
         del theirs, ours
     if wrong := [row for row in rows if not row.relative <= tolerance]:  # NaN is wrong too
         found = ", ".join(f"{row.part} {row.relative:.1e}" for row in wrong)
-        raise UserError(f"{src}: the converted model computes something else: relative error {found}, allowed {tolerance:.0e}")
+        raise UserError(
+            f"{src}: the converted model computes something else: relative error {found}, allowed {tolerance:.0e}"
+        )
     return rows
 
 
@@ -61,7 +66,9 @@ def require_torch() -> None:
         import torch  # noqa: F401
         from transformers import T5EncoderModel  # noqa: F401
     except ImportError as error:
-        raise UserError(f"verify needs torch, diffusers and transformers ({error}); pip install 'sdv_jax[test]'") from None
+        raise UserError(
+            f"verify needs torch, diffusers and transformers ({error}); pip install 'sdv_jax[test]'"
+        ) from None
 
 
 def _load_torch(folder: Path, name: str, config: dict):
@@ -80,7 +87,10 @@ def _load_torch(folder: Path, name: str, config: dict):
 
 def _run(module: nnx.Module, call, *inputs):
     graph, state = nnx.split(module)
-    return jax.tree.map(np.asarray, jax.jit(lambda state, *inputs: call(nnx.merge(graph, state), *inputs))(state, *map(jnp.asarray, inputs)))
+    return jax.tree.map(
+        np.asarray,
+        jax.jit(lambda state, *inputs: call(nnx.merge(graph, state), *inputs))(state, *map(jnp.asarray, inputs)),
+    )
 
 
 def _transformer(ours, theirs, rng) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
@@ -88,8 +98,14 @@ def _transformer(ours, theirs, rng) -> Iterator[tuple[str, np.ndarray, np.ndarra
     latents = rng.standard_normal((1, frames, height, width, c.in_channels), np.float32)
     text = rng.standard_normal((1, c.max_text_seq_length, c.text_embed_dim), np.float32)
     steps = np.array([421], np.int32)
-    rotary = _rotary(c, frames, height // c.patch_size, width // c.patch_size) if c.use_rotary_positional_embeddings else None
-    other = theirs(_torch(np.moveaxis(latents, -1, 2)), _torch(text), _torch(steps), image_rotary_emb=rotary, return_dict=False)[0]
+    rotary = (
+        _rotary(c, frames, height // c.patch_size, width // c.patch_size)
+        if c.use_rotary_positional_embeddings
+        else None
+    )
+    other = theirs(
+        _torch(np.moveaxis(latents, -1, 2)), _torch(text), _torch(steps), image_rotary_emb=rotary, return_dict=False
+    )[0]
     yield "transformer", _run(ours, lambda m, *x: m(*x), latents, text, steps), np.moveaxis(other.numpy(), 2, -1)
 
 
@@ -97,7 +113,9 @@ def _rotary(c, frames: int, height: int, width: int):
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
-    crop = get_resize_crop_region_for_grid((height, width), c.sample_width // c.patch_size, c.sample_height // c.patch_size)
+    crop = get_resize_crop_region_for_grid(
+        (height, width), c.sample_width // c.patch_size, c.sample_height // c.patch_size
+    )
     return get_3d_rotary_pos_embed(c.attention_head_dim, crop, (height, width), frames)
 
 

@@ -50,10 +50,14 @@ def test_both_kinds_of_folder_give_the_same_module(tiny_pipeline_folder, convert
 def test_values_land_where_they_belong(tiny_pipeline_folder, converted):
     import safetensors.numpy
 
-    raw = safetensors.numpy.load_file(tiny_pipeline_folder(True) / "transformer" / "diffusion_pytorch_model.safetensors")
+    raw = safetensors.numpy.load_file(
+        tiny_pipeline_folder(True) / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
     found = arrays(load_component(converted, "transformer"))
     for layer in range(2):
-        np.testing.assert_array_equal(found["blocks.attn1.to_q.kernel"][layer], raw[f"transformer_blocks.{layer}.attn1.to_q.weight"].T)
+        np.testing.assert_array_equal(
+            found["blocks.attn1.to_q.kernel"][layer], raw[f"transformer_blocks.{layer}.attn1.to_q.weight"].T
+        )
     np.testing.assert_array_equal(found["norm_final.scale"], raw["norm_final.weight"])
 
 
@@ -69,7 +73,9 @@ def test_orbax_restores_the_arrays_without_us(converted):
     target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=device), plain)
     with ocp.StandardCheckpointer() as checkpointer:
         placed = checkpointer.restore(converted / "transformer", target)
-    np.testing.assert_array_equal(placed["blocks"]["ff"]["up"]["kernel"], expected["blocks.ff.up.kernel"].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(
+        placed["blocks"]["ff"]["up"]["kernel"], expected["blocks.ff.up.kernel"].astype(jnp.bfloat16)
+    )
 
 
 MESH = """
@@ -97,7 +103,11 @@ def test_weights_spread_over_a_mesh(tiny_pipeline_folder, converted):
 def test_read_config_agrees_for_both_kinds(tiny_pipeline_folder, converted):
     ours, theirs = read_config(converted), read_config(tiny_pipeline_folder(True))
     assert all(ours[key] == value for key, value in theirs.items())
-    assert (ours["family"], ours["variant"], ours["scheduler"]["_class_name"]) == ("cogvideox", "custom", "CogVideoXDDIMScheduler")
+    assert (ours["family"], ours["variant"], ours["scheduler"]["_class_name"]) == (
+        "cogvideox",
+        "custom",
+        "CogVideoXDDIMScheduler",
+    )
 
 
 # ---------------------------------------------------------------- damage
@@ -132,17 +142,31 @@ def edit(model, **changes):
 DAMAGE = {
     "flipped bit": (lambda m: flip(chunk(m)), f"array {ARRAY} is incomplete or damaged"),
     "missing block": (lambda m: chunk(m).unlink(), f"array {ARRAY} is incomplete or damaged"),
-    "short block": (lambda m: chunk(m).write_bytes(chunk(m).read_bytes()[:50]), f"array {ARRAY} is incomplete or damaged"),
+    "short block": (
+        lambda m: chunk(m).write_bytes(chunk(m).read_bytes()[:50]),
+        f"array {ARRAY} is incomplete or damaged",
+    ),
     "missing array": (lambda m: shutil.rmtree(m / "transformer" / ARRAY), f"missing {ARRAY}"),
-    "broken array description": (lambda m: (m / "transformer" / ARRAY / "zarr.json").write_text("{"), f"array {ARRAY} is missing or damaged"),
-    "surplus array": (lambda m: shutil.copytree(m / "transformer" / ARRAY, m / "transformer" / "more"), "unexpected more"),
-    "array of another shape": (lambda m: shutil.copytree(m / "transformer" / "proj_out.bias", m / "transformer" / "norm_final.bias", dirs_exist_ok=True),
-                               "norm_final.bias has shape (16,), expected (32,)"),
+    "broken array description": (
+        lambda m: (m / "transformer" / ARRAY / "zarr.json").write_text("{"),
+        f"array {ARRAY} is incomplete or damaged",
+    ),
+    "surplus array": (
+        lambda m: shutil.copytree(m / "transformer" / ARRAY, m / "transformer" / "more"),
+        "unexpected more",
+    ),
+    "array of another shape": (
+        lambda m: shutil.copytree(
+            m / "transformer" / "proj_out.bias", m / "transformer" / "norm_final.bias", dirs_exist_ok=True
+        ),
+        "norm_final.bias has shape (16,), expected (32,)",
+    ),
     "missing component": (lambda m: shutil.rmtree(m / "transformer"), "not a complete set of arrays"),
     "broken model.json": (lambda m: (m / "model.json").write_text("[]"), "expected a JSON object"),
     "other version": (lambda m: edit(m, format_version=99), "format_version is 99, expected 1"),
     "other family": (lambda m: edit(m, family="wan"), "unknown family 'wan'"),
     "incomplete model.json": (lambda m: edit(m, checksums=...), "no checksums"),
+    "incomplete config": (lambda m: edit(m, config={}), "no config of transformer, vae, text_encoder"),
     "nothing": (lambda m: (m / "model.json").unlink(), "neither model.json"),
 }
 
@@ -163,8 +187,13 @@ def test_checksums_find_consistent_changes(model):
     """What the blocks' own sums cannot see: a block and its sum replaced together."""
     check_sums(model)
     for name in ("blocks.attn1.to_k.kernel", "blocks.attn1.to_q.kernel"):
-        shutil.copytree(model / "transformer" / "blocks.attn1.to_v.kernel", model / "transformer" / name, dirs_exist_ok=True)
+        shutil.copytree(
+            model / "transformer" / "blocks.attn1.to_v.kernel", model / "transformer" / name, dirs_exist_ok=True
+        )
     (model / "tokenizer" / "tokenizer_config.json").write_text("{}")
-    refused(lambda: check_sums(model), "transformer/blocks.attn1.to_k.kernel; transformer/blocks.attn1.to_q.kernel; tokenizer/tokenizer_config.json")
+    refused(
+        lambda: check_sums(model),
+        "transformer/blocks.attn1.to_k.kernel; transformer/blocks.attn1.to_q.kernel; tokenizer/tokenizer_config.json",
+    )
     refused(lambda: load_component(model, "transformer", check=True), "checksums differ")
     load_component(model, "vae", check=True)

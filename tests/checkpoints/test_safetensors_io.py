@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from sdv_jax.checkpoints.safetensors_io import BLOCK_BYTES, Output, open_folder, read_header, rows_of, rows_per_block, variant_of, write_folder
+from sdv_jax.checkpoints.safetensors_io import (
+    BLOCK_BYTES,
+    Output,
+    open_folder,
+    read_header,
+    rows_of,
+    rows_per_block,
+    variant_of,
+    write_folder,
+)
 from sdv_jax.errors import UserError
 
 DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
@@ -15,8 +24,12 @@ DTYPES = [np.float64, np.float32, np.float16, ml_dtypes.bfloat16]
 
 def values(seed: int = 0) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return {f"t{i}": rng.standard_normal(shape).astype(dtype) for i, (shape, dtype) in enumerate(
-        ((shape, dtype) for shape in [(), (3,), (4, 5), (2, 1, 3, 2)] for dtype in DTYPES))}
+    return {
+        f"t{i}": rng.standard_normal(shape).astype(dtype)
+        for i, (shape, dtype) in enumerate(
+            (shape, dtype) for shape in [(), (3,), (4, 5), (2, 1, 3, 2)] for dtype in DTYPES
+        )
+    }
 
 
 def outputs(tensors) -> list[Output]:
@@ -32,7 +45,11 @@ def test_reads_what_the_library_writes(tmp_path):
     found = open_folder(tmp_path)
     assert found.keys() == values().keys()
     for name, array in values().items():
-        assert found[name].dtype == array.dtype and found[name].shape == array.shape and bits(found[name].read()) == bits(array)
+        assert (
+            found[name].dtype == array.dtype
+            and found[name].shape == array.shape
+            and bits(found[name].read()) == bits(array)
+        )
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 200, 1])
@@ -40,7 +57,9 @@ def test_the_library_reads_what_we_write(tmp_path, shard_bytes):
     write_folder(tmp_path, "model", outputs(values()), shard_bytes=shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     found = {name: array for file in files for name, array in safetensors.numpy.load_file(file).items()}
-    assert {name: (a.dtype, a.shape, bits(a)) for name, a in found.items()} == {n: (a.dtype, a.shape, bits(a)) for n, a in values().items()}
+    assert {name: (a.dtype, a.shape, bits(a)) for name, a in found.items()} == {
+        n: (a.dtype, a.shape, bits(a)) for n, a in values().items()
+    }
     if shard_bytes < 10**9:
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == sum(a.nbytes for a in values().values())
@@ -57,8 +76,16 @@ def test_blocks_are_contiguous_pieces_in_order():
     assert rows_per_block((1000, 1000), 4, BLOCK_BYTES) == 1000
 
 
-@pytest.mark.parametrize("name, variant", [("model.safetensors", None), ("model.fp16.safetensors", "fp16"), ("model.safetensors.index.json", None),
-                                           ("model.safetensors.index.fp16.json", "fp16"), ("diffusion_pytorch_model.fp16.safetensors", "fp16")])
+@pytest.mark.parametrize(
+    "name, variant",
+    [
+        ("model.safetensors", None),
+        ("model.fp16.safetensors", "fp16"),
+        ("model.safetensors.index.json", None),
+        ("model.safetensors.index.fp16.json", "fp16"),
+        ("diffusion_pytorch_model.fp16.safetensors", "fp16"),
+    ],
+)
 def test_variant_of(name, variant):
     assert variant_of(name) == variant
 
@@ -97,20 +124,23 @@ def test_header_that_is_no_json(file):
 def rewrite(file, change) -> None:
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:8 + length])
+    header = json.loads(raw[8 : 8 + length])
     change(header)
     text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length:])
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
 
 
-@pytest.mark.parametrize("change, part", [
-    (lambda h: h["t3"].update(dtype="I64"), "stored as I64"),
-    (lambda h: h["t4"].update(shape=[5]), "shape (5,) needs"),
-    (lambda h: h["t4"].update(shape=[-3]), "t4"),
-    (lambda h: h.pop("t5"), "corrupt"),
-    (lambda h: h["t5"].update(data_offsets=h["t4"]["data_offsets"]), "corrupt"),
-    (lambda h: h["t5"].pop("shape"), "header cannot be read (KeyError)"),
-])
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        (lambda h: h["t3"].update(dtype="I64"), "stored as I64"),
+        (lambda h: h["t4"].update(shape=[5]), "shape (5,) needs"),
+        (lambda h: h["t4"].update(shape=[-3]), "t4"),
+        (lambda h: h.pop("t5"), "corrupt"),
+        (lambda h: h["t5"].update(data_offsets=h["t4"]["data_offsets"]), "corrupt"),
+        (lambda h: h["t5"].pop("shape"), "header cannot be read (KeyError)"),
+    ],
+)
 def test_header_that_does_not_add_up(file, change, part):
     rewrite(file, change)
     refused(file, part)

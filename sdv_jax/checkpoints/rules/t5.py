@@ -8,7 +8,9 @@ ENCODER = Rules(
     table=(
         Rule("shared.weight", "shared.embedding"),
         # Upstream keeps the one table of position biases inside its first block.
-        Rule("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "relative_attention_bias.embedding"),
+        Rule(
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "relative_attention_bias.embedding"
+        ),
         Rule(_LAYER + ".0.layer_norm.weight", "blocks.norm1.scale"),
         Rule(_LAYER + ".0.SelfAttention.{name:q|k|v|o}.weight", "blocks.attn.{name}.kernel", LINEAR),
         Rule(_LAYER + ".1.layer_norm.weight", "blocks.norm2.scale"),

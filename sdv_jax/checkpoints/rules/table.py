@@ -1,7 +1,8 @@
 """What a conversion rule is: two name templates and a named transform, readable in both directions.
 
-A template is a dotted name with placeholders. `{i}` stands for an integer, `{kind:conv1|conv2}` for what its expression matches;
-a placeholder of the torch name occurs in our path too, except `{l}`, the layer, which becomes the leading axis of a stacked leaf.
+A template is a dotted name with placeholders. `{i}` stands for an integer, `{kind:conv1|conv2}` for what its expression
+matches; a placeholder of the torch name occurs in our path too, except `{l}`, the layer, which becomes the leading axis
+of a stacked leaf.
 """
 
 import re
@@ -28,7 +29,7 @@ def _axes(*order: int) -> Transform:
 
 
 def patches(size: int) -> Transform:
-    """A convolution over p×p patches [d, c, p, p] as a matrix [p·p·c, d] on pixels flattened row by row, channels last."""
+    """A convolution over p×p patches [d, c, p, p] as a matrix [p·p·c, d] on pixels in (row, column, channel) order."""
     return Transform(
         lambda a: a.transpose(2, 3, 1, 0).reshape(size * size * a.shape[1], a.shape[0]),
         lambda a: a.reshape(size, size, -1, a.shape[-1]).transpose(3, 2, 0, 1),
@@ -65,7 +66,7 @@ class Rule:
     def _compile(self, template: str) -> re.Pattern:
         parts, at = [], 0
         for found in _PLACEHOLDER.finditer(template):
-            parts += [re.escape(template[at:found.start()]), f"(?P<{found[1]}>{self._expressions[found[1]]})"]
+            parts += [re.escape(template[at : found.start()]), f"(?P<{found[1]}>{self._expressions[found[1]]})"]
             at = found.end()
         return re.compile("".join(parts) + re.escape(template[at:]))
 
@@ -89,7 +90,7 @@ def _fill(template: str, values: dict) -> str:
 
 @dataclass(frozen=True)
 class Rules:
-    """A component's table. `ignore`: torch names that hold no weight of ours. `aliases`: second names of one tied tensor."""
+    """A component's table. `ignore`: torch names that hold no weight of ours. `aliases`: second names of tied ones."""
 
     table: Sequence[Rule]
     ignore: Sequence[str] = ()
@@ -105,14 +106,14 @@ class Rules:
         return any(re.fullmatch(pattern, name) for pattern in self.ignore)
 
     def to_torch_module_name(self, path: str, layer: int | None = None) -> str:
-        """The torch module behind one of our linear layers: ('blocks.attn1.to_q', 3) -> 'transformer_blocks.3.attn1.to_q'."""
+        """The torch module of a linear layer: ('blocks.attn1.to_q', 3) -> 'transformer_blocks.3.attn1.to_q'."""
         rule = self.of_path(f"{path}.kernel")
         if rule is None or rule.stacked != (layer is not None):
             raise KeyError(f"no linear layer {path!r}" + ("" if layer is None else f" with layer {layer}"))
         return rule.torch_name(f"{path}.kernel", layer).removesuffix(".weight")
 
     def from_torch_module_name(self, name: str) -> tuple[str, int | None]:
-        """The inverse: 'transformer_blocks.3.attn1.to_q' -> ('blocks.attn1.to_q', 3); KeyError if no linear layer has that name."""
+        """The inverse: 'transformer_blocks.3.attn1.to_q' -> ('blocks.attn1.to_q', 3); or KeyError."""
         for rule in self.table:
             found = rule.path(f"{name}.weight")
             if found is not None and found[0].endswith(".kernel"):
