@@ -12,8 +12,8 @@ from configs import base
 def get_config():
     config = base.get_config()
     config.model.transformer = dict(
-        num_attention_heads=4, attention_head_dim=32, num_layers=8, in_channels=8, out_channels=8, time_embed_dim=128, text_embed_dim=64,
-        sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=16, use_rotary_positional_embeddings=True,
+        num_attention_heads=5, attention_head_dim=32, num_layers=6, in_channels=8, out_channels=8, time_embed_dim=128, text_embed_dim=64,
+        sample_width=8, sample_height=8, sample_frames=9, max_text_seq_length=12, use_rotary_positional_embeddings=True,
     )  # fmt: skip
     config.model.text_encoder = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
     config.model.scheduler = dict(
@@ -24,12 +24,12 @@ def get_config():
 
     config.train.objective = "text_to_video"
     config.train.mode = "full"
-    config.train.steps = 9000
+    config.train.steps = 6000
     config.train.ema_decay = 0.999
     config.train.save_every = 500
     config.text.train_encoder = True
-    config.text_to_video.batch_size = 64
-    config.text_to_video.image_batch_size = 32
+    config.text_to_video.batch_size = 40
+    config.text_to_video.image_batch_size = 16
 
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 2e-3

@@ -36,8 +36,8 @@ class Sizes:
     """How much is rendered: clips the autoencoder sees, and clips and still images the base is trained on."""
 
     autoencoder_clips: int = 6000
-    clips: int = 16000
-    images: int = 12000
+    clips: int = 10000
+    images: int = 8000
 
 
 def make(config: configs.Config, workdir: str | Path, out: str | Path, *, autoencoder: AutoencoderConfig = AutoencoderConfig(),
