@@ -23,9 +23,14 @@ def _config(class_name, **changes):
 
 
 def _run(solver, x, velocity, noise):
+    @jax.jit
+    def step(state, x, i):
+        t = jnp.full(len(x), jnp.asarray(solver.timesteps)[i])
+        return solver.step(state, velocity(x, t), x, i, noise[i])
+
     state = solver.init(x)
-    for i, t in enumerate(solver.timesteps):
-        state, x = solver.step(state, velocity(x, jnp.full(len(x), int(t))), x, i, noise[i])
+    for i in range(solver.steps):
+        state, x = step(state, x, i)
     return x
 
 
@@ -55,12 +60,11 @@ def test_gaussian_data_stays_gaussian(class_name):
     solver = make_solver(_config(class_name), steps)
     x = jax.random.normal(jax.random.key(0), (1, 20000))
     noise = jax.random.normal(jax.random.key(1), (steps, 1, 20000))
-    state, levels = solver.init(x), []
+    step, state, levels = jax.jit(solver.step), solver.init(x), []
     for i in range(steps):
-        state, x = solver.step(state, jnp.zeros_like(x), x, i, noise[i])
+        state, x = step(state, jnp.zeros_like(x), x, i, noise[i])
         levels.append(float(jnp.std(x)))
-    # DDIM maps x_0 = sqrt(abar) x exactly by rotation: cos of the summed angle steps; its own discretisation is < 1%
-    np.testing.assert_allclose(levels, 1, atol=0.05)
+    np.testing.assert_allclose(levels, 1, atol=0.05)  # what 50 steps leave of the exact solution, and the sample's size
 
 
 @pytest.mark.parametrize("class_name", CLASS_NAMES)
