@@ -1,8 +1,8 @@
-"""The subject adapter on CogVideoX-5B with paper A's settings (arXiv 2504.17816): LoRA rank 128, p = 0.2, 4,000 steps, bfloat16.
+"""The subject adapter on CogVideoX-5B with paper A's settings (arXiv 2504.17816): LoRA of rank 128, 4,000 steps.
 
-Target: the paper's CogVideoX row (CLIP-I 77.1, DINO-I 62.9 and dynamic degree 69.6 on its own benchmark). The paper reports 288
-A100-hours in all; one 80 GB card holds the model with batches of 1, and this configuration has not been run at full size.
-Data: pairs and clips prepared at 480 × 720, clips of 49 frames at 8 per second.
+Target: the paper's CogVideoX row (CLIP-I 77.1, DINO-I 62.9 and dynamic degree 69.6 on its own benchmark). The paper
+reports 288 A100-hours in all; one 80 GB card holds the model with batches of 1, and this configuration has not been run
+at full size. Data: pairs and clips prepared at 480 × 720, clips of 49 frames at 8 per second.
 
     sdv convert CogVideoX-5b models/cogvideox-5b --dtype bfloat16
     sdv train --config configs/cogvideox_5b_subject.py --workdir runs/subject \\

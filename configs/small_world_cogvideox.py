@@ -1,7 +1,7 @@
-"""The subject adapter on the small world: a LoRA on the shipped base, identity and motion with p = 0.2, as paper A trains.
+"""The subject adapter on the small world: a LoRA on the shipped base, trained as paper A trains.
 
-Target: on held-out subjects the adapted model closes at least half of the identity gap between the base and the true clips, and
-keeps at least 80% of the base's motion following. Duration: see docs/training.md.
+Target: on held-out subjects the adapted model closes at least half of the identity gap between the base and the true
+clips, and keeps at least 80% of the base's motion following. Duration: see docs/training.md.
 
     sdv train --config configs/small_world_cogvideox.py --workdir runs/small_world
 """

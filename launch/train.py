@@ -1,4 +1,4 @@
-"""python launch/train.py --config configs/small_world_cogvideox.py --workdir runs/x [--config.train.steps=100 ...]: trains a model."""
+"""Trains: python launch/train.py --config configs/small_world_cogvideox.py --workdir runs/x [--config.KEY=VALUE ...]"""
 
 import sys
 from pathlib import Path
@@ -7,18 +7,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags  # noqa: E402
 
+from sdv_jax import training  # noqa: E402
 from sdv_jax.errors import UserError  # noqa: E402
 from sdv_jax.train import config as configs  # noqa: E402
-from sdv_jax.train import loop  # noqa: E402
 
-flags.DEFINE_string("config", None, "Python file that makes the configuration; --config.SECTION.KEY=VALUE changes one key.", required=True)
+flags.DEFINE_string(
+    "config",
+    None,
+    "Python file that makes the configuration; --config.SECTION.KEY=VALUE changes one key.",
+    required=True,
+)
 flags.DEFINE_string("workdir", None, "Folder of the run; a run that is already there is resumed.", required=True)
 
 
 def main(arguments: list[str]) -> None:
     try:
-        config = configs.load(flags.FLAGS.config, arguments[1:])
-        loop.run(config, flags.FLAGS.workdir)
+        training.train(configs.load(flags.FLAGS.config, arguments[1:]), flags.FLAGS.workdir)
     except UserError as error:
         print(f"sdv: error: {error}", file=sys.stderr)
         sys.exit(2)

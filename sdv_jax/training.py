@@ -29,15 +29,22 @@ def train(config: Config, workdir: str | Path) -> loop.Result:
 
 
 class Sheets:
-    """Draws the same samples at every call: the first rows of the data, one seed. Left on each row, the reference."""
+    """Draws the same samples at every call: captions of the first rows of the data, one seed.
+
+    Left on each row stands the reference.
+    """
 
     def __init__(self, config: Config, data: dict[str, LatentDataset]):
         path = config.model.path
         if not path:
-            raise UserError("config key 'train.sample_every' is not 0, but samples need the VAE of model.path, which is empty; set one")
+            raise UserError(
+                "config key 'train.sample_every': samples need the VAE of model.path, which is empty; give that, or 0"
+            )
         self.config, about = config, model_folder.read_config(path)
-        rows = next(iter(data.values()))
-        moments = [np.asarray(getattr(rows, name)[:ROWS, :1], np.float32) for name in ("reference_mean", "reference_logvar")]
+        rows = data.get("motion") or next(iter(data.values()))
+        moments = [
+            np.asarray(getattr(rows, name)[:ROWS, :1], np.float32) for name in ("reference_mean", "reference_logvar")
+        ]
         self.references = np.asarray(sample_latents(*moments, rows.scaling_factor, jax.random.key(0)))
         self.captions = list(rows.captions[:ROWS])
         self.parts = {name: model_folder.load_component(path, name) for name in ("vae", "text_encoder")}
@@ -47,8 +54,9 @@ class Sheets:
         """Writes folder/step_NNNNNN.png."""
         parts = self.parts | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
         pipe = Pipeline(
-            transformer=model.transformer, tokenizer=self.tokenizer, scheduler=SchedulerConfig.from_dict(self.about["scheduler"]),
-            config=self.about, adaln_lora=self.config.lora.adaln, **parts,
+            transformer=model.transformer, tokenizer=self.tokenizer,
+            scheduler=SchedulerConfig.from_dict(self.about["scheduler"]), config=self.about,
+            adaln_lora=self.config.lora.adaln, **parts,
         )  # fmt: skip
         subject = self.config.train.objective == "subject"
         references = self.references if subject else None
@@ -56,7 +64,7 @@ class Sheets:
         shown = [list(video) for video in videos]
         if subject:
             pictures = np.clip(np.asarray(pipe.decode(self.references / pipe.scaling_factor)) / 2 + 0.5, 0, 1)
-            shown = [[picture[0], *video] for picture, video in zip(pictures, shown)]
+            shown = [[picture[0], *video] for picture, video in zip(pictures, shown, strict=True)]
         folder.mkdir(parents=True, exist_ok=True)
         write_contact_sheet(folder / f"step_{steps:06d}.png", [[_bytes(frame) for frame in row] for row in shown])
 

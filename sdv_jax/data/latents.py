@@ -1,10 +1,11 @@
-"""Prepared data: clips or images as VAE moments, their reference frames as VAE moments, captions as token ids or embeddings.
+"""Prepared data: clips or images and their reference frames as VAE moments, captions as token ids or embeddings.
 
-On disk a dataset is one folder: `dataset.json` (kind of text, scaling factor, shapes, captions) and one `.npy` per array, read by
-memory mapping. An image is a clip of one frame, so pairs and clips have the same form:
+On disk a dataset is one folder: `dataset.json` (kind of text, scaling factor, shapes, captions) and one `.npy` per
+array, read by memory mapping. An image is a clip of one frame, so pairs and clips have the same form:
 
     mean, logvar                        [n, t, h, w, c]   what is denoised
-    reference_mean, reference_logvar    [n, k, h, w, c]   k single images encoded each on its own: the frames of the clip, or the
+    reference_mean, reference_logvar    [n, k, h, w, c]   k single images encoded each on its own: the frames of the
+    clip, or the
                                                           views of the subject; a training step draws one of them
     text                                [n, s, e] float embeddings, or [n, s] int32 token ids
     empty_text                          [s, e] or [s]     the empty prompt, for text dropout
@@ -43,11 +44,15 @@ class LatentDataset:
         n = len(self.captions)
         sizes = {name: len(getattr(self, name)) for name in (*MOMENTS, "text")}
         if n == 0 or set(sizes.values()) != {n}:
-            raise UserError(f"prepared data: expected one row per caption in every array, found {n} captions and rows {sizes}")
+            raise UserError(
+                f"prepared data: expected one row per caption in every array, found {n} captions and rows {sizes}"
+            )
         if self.mean.shape != self.logvar.shape or self.reference_mean.shape != self.reference_logvar.shape:
             raise UserError(f"prepared data: means and log-variances differ in shape ({_shapes(self)})")
         if self.mean.shape[2:] != self.reference_mean.shape[2:]:
-            raise UserError(f"prepared data: references and targets differ in height, width or channels ({_shapes(self)})")
+            raise UserError(
+                f"prepared data: references and targets differ in height, width or channels ({_shapes(self)})"
+            )
         if self.text.shape[1:] != self.empty_text.shape:
             raise UserError(f"prepared data: empty_text must have the shape of one row of text ({_shapes(self)})")
 
@@ -83,11 +88,15 @@ def load(folder: str | Path) -> LatentDataset:
     """Reads what `save` wrote, arrays memory-mapped. Raises UserError when something is missing or does not fit."""
     folder = Path(folder)
     if not (folder / "dataset.json").is_file():
-        raise UserError(f"prepared data {folder}: no dataset.json there; make it with `sdv prepare`, or use \"small_world\"")
+        raise UserError(
+            f'prepared data {folder}: no dataset.json there; make it with `sdv prepare`, or use "small_world"'
+        )
     try:
         about = json.loads((folder / "dataset.json").read_text())
         if about["format_version"] != FORMAT_VERSION:
-            raise UserError(f"prepared data {folder}: format {about['format_version']}, expected {FORMAT_VERSION}; prepare it again")
+            raise UserError(
+                f"prepared data {folder}: format {about['format_version']}, expected {FORMAT_VERSION}; prepare it again"
+            )
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         found = {name: list(array.shape) for name, array in arrays.items()}
         if found != about["shapes"]:
@@ -100,7 +109,8 @@ def load(folder: str | Path) -> LatentDataset:
 def row_order(count: int, batch_size: int, position: int, seed: tuple[int, ...]) -> np.ndarray:
     """Rows of the `position`-th batch of an endless stream: epoch after epoch, each shuffled on its own.
 
-    A pure function of its arguments, so that a resumed run continues in the middle of an epoch without any stored state.
+    A pure function of its arguments, so that a resumed run continues in the middle of an epoch without any stored
+    state.
     """
     first = position * batch_size
     rows = np.arange(first, first + batch_size)

@@ -1,7 +1,8 @@
-"""What every objective shares: the model with its text encoder, draws of latents, captions and timesteps, and the loss on v.
+"""What every objective shares: model and text encoder, draws of latents, captions and timesteps, the loss on v.
 
 CogVideoX's published loss is mean(w · (x0_hat - x0)²) with w = 1 / (1 - abar_t). Under v-prediction
-x0_hat - x0 = -sqrt(1 - abar_t) · (v_hat - v), so that loss equals the plain mean((v_hat - v)²), which is what is computed here.
+x0_hat - x0 = -sqrt(1 - abar_t) · (v_hat - v), so that loss equals the plain mean((v_hat - v)²), which is what is
+computed here.
 """
 
 import dataclasses
@@ -36,7 +37,7 @@ class Denoiser(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is fixed over a run. `scaling_factor` is the VAE's; `dtype` is that of the activations, the loss is float32."""
+    """Fixed over a run. `scaling_factor` is the VAE's; `dtype` is that of the activations, the loss is float32."""
 
     schedule: Schedule
     scaling_factor: float
@@ -49,8 +50,9 @@ class Objective:
 
 
 def loss(
-    model: Denoiser, latents: Float[Array, "b t h w c"], text: Float[Array, "b s e"] | Int[Array, "b s"], key: Key[Array, ""], *,
-    objective: Objective, reference: Float[Array, "b k h w c"] | None = None, reference_index: Int[Array, "b r"] | None = None,
+    model: Denoiser, latents: Float[Array, "b t h w c"], text: Float[Array, "b s e"] | Int[Array, "b s"],
+    key: Key[Array, ""], *, objective: Objective, reference: Float[Array, "b k h w c"] | None = None,
+    reference_index: Int[Array, "b r"] | None = None,
 ) -> Float[Array, ""]:  # fmt: skip
     """Mean squared error of the predicted v on `latents` (in the transformer's scale), noised at drawn timesteps."""
     noise_key, time_key = jax.random.split(key)
@@ -58,8 +60,8 @@ def loss(
     timesteps = draw_timesteps(time_key, latents.shape[0], objective)
     noisy = objective.schedule.add_noise(latents, noise, timesteps).astype(objective.dtype)
     prediction = model.transformer(
-        noisy, model.encode_text(text, objective.dtype), timesteps, reference=reference, reference_index=reference_index,
-        adaln_lora=objective.adaln_lora,
+        noisy, model.encode_text(text, objective.dtype), timesteps, reference=reference,
+        reference_index=reference_index, adaln_lora=objective.adaln_lora,
     )  # fmt: skip
     target = objective.schedule.velocity(latents, noise, timesteps)
     return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target))
@@ -89,7 +91,7 @@ def draw_reference(batch: Batch, key: Key[Array, ""], objective: Objective) -> F
 
 
 def draw_text(batch: Batch, empty_text: Array, key: Key[Array, ""], objective: Objective) -> Array:
-    """The captions, each replaced by the empty prompt with probability `text_dropout`, so that guidance has something to stand on."""
+    """The captions, each replaced by the empty prompt with probability `text_dropout`, for guidance to stand on."""
     text = batch["text"]
     dropped = jax.random.bernoulli(key, objective.text_dropout, (text.shape[0],) + (1,) * (text.ndim - 1))
     return jnp.where(dropped, empty_text, text)

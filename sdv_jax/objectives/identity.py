@@ -1,4 +1,4 @@
-"""Identity injection: denoise a single image of a subject, given another image of it and a caption (paper A, task 1)."""
+"""Identity injection: denoise a single image of a subject, given another one and a caption (paper A, task 1)."""
 
 import jax
 
@@ -12,8 +12,8 @@ def loss(
 ) -> Float[Array, ""]:
     """The loss on the target image; with `view_dropped` the reference is absent and this is plain text-to-image.
 
-    Paper A drops one reference view with probability 0.5 against pose overfitting. Our reading: the whole reference, for the
-    whole step, which makes two programs of fixed shapes.
+    Paper A drops one reference view with probability 0.5 against pose overfitting. Our reading: the whole reference,
+    for the whole step, which makes two programs of fixed shapes.
     """
     latent_key, reference_key, text_key, loss_key = jax.random.split(key, 4)
     latents = denoising.draw_latents(batch, latent_key, objective)

@@ -1,4 +1,4 @@
-"""Motion-awareness preservation: denoise a clip, given one of its own frames with part of its tokens dropped (paper A, task 2)."""
+"""Motion preservation: denoise a clip, given one of its own frames with some of its tokens dropped (paper A, 2)."""
 
 import jax
 
@@ -11,8 +11,11 @@ from sdv_jax.typing import Array, Float, Key
 def loss(
     model: Denoiser, batch: Batch, empty_text: Array, key: Key[Array, ""], *, objective: Objective, token_drop: float
 ) -> Float[Array, ""]:
-    """The loss on the clip. The reference frame is drawn uniformly over the clip's pixel frames, each encoded as a single image;
-    round((1 - token_drop) · N) of its N tokens are kept per example, drawn without replacement, with their positions."""
+    """The loss on the clip.
+
+    The reference frame is drawn uniformly over the clip's pixel frames, each encoded as a single image. Of its N tokens
+    round((1 - token_drop) · N) are kept per example, drawn without replacement, with their positions.
+    """
     latent_key, reference_key, token_key, text_key, loss_key = jax.random.split(key, 5)
     latents = denoising.draw_latents(batch, latent_key, objective)
     text = denoising.draw_text(batch, empty_text, text_key, objective)
@@ -22,4 +25,6 @@ def loss(
         patch = model.transformer.config.patch_size
         tokens = (latents.shape[2] // patch) * (latents.shape[3] // patch)
         index = references.keep_index(token_key, latents.shape[0], tokens, token_drop)
-    return denoising.loss(model, latents, text, loss_key, objective=objective, reference=reference, reference_index=index)
+    return denoising.loss(
+        model, latents, text, loss_key, objective=objective, reference=reference, reference_index=index
+    )

@@ -1,4 +1,4 @@
-"""The stochastic switch: which task a step trains. A pure function of (run key, step), so that every host and every resumed run agrees."""
+"""The stochastic switch: which task a step trains, as a pure function of (run key, step), so that every host agrees."""
 
 import enum
 from functools import partial
@@ -37,7 +37,7 @@ def view_dropped_at(key: Key[Array, ""], step: int | Int[Array, ""], p: float) -
 
 
 def task_schedule(key: Key[Array, ""], steps: int, p: float) -> np.ndarray:
-    """`task_at` of steps 0..steps-1 on the host, so that the loop picks a compiled program without waiting for the device."""
+    """`task_at` of steps 0..steps-1 on the host: the loop picks a compiled program without waiting for the device."""
     return np.asarray(_over_steps(task_at, key, steps, p))
 
 

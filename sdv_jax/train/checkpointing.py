@@ -1,4 +1,4 @@
-"""Checkpoints of a run, by orbax: everything a step changes, and what is needed to check that the run is the same one."""
+"""Checkpoints of a run, by orbax: everything a step changes, and what shows that the run is the same one."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ class Checkpoints:
         self.manager.save(step, args=items)
 
     def restore(self, like: TrainState, *, key: jax.Array) -> TrainState:
-        """The newest state, in the shapes, dtypes and shardings of `like`. Raises UserError when it is of another run."""
+        """The newest state, in the shapes, dtypes and shardings of `like`. Raises UserError for one of another run."""
         step = self.latest()
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore())
@@ -41,7 +41,9 @@ class Checkpoints:
             found = self.manager.restore(step, args=items)
         except (ValueError, KeyError, FileNotFoundError) as error:
             first = str(error).splitlines()[0][:200]
-            raise UserError(f"checkpoint {self.folder / str(step)} does not fit this run ({first}); use a new workdir") from error
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} does not fit this run ({first}); use a new workdir"
+            ) from error
         if found["run"]["key"] != np.asarray(jax.random.key_data(key)).tolist():
             raise UserError(f"checkpoint {self.folder / str(step)} was made with another train.seed; use a new workdir")
         return TrainState(**found["state"])

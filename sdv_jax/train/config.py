@@ -1,7 +1,8 @@
 """A run's configuration: ml_collections outside, frozen dataclasses inside.
 
-Files in `configs/` are Python that fills a `ConfigDict` whose every key stands in `configs/base.py`. `load` runs such a file,
-applies overrides, and converts the result to the dataclasses below, which is where a misspelt key or a wrong type is caught.
+Files in `configs/` are Python that fills a `ConfigDict` whose every key stands in `configs/base.py`. `load` runs such a
+file, applies overrides, and converts the result to the dataclasses below, which is where a misspelt key or a wrong type
+is caught.
 """
 
 import ast
@@ -154,13 +155,13 @@ CHOICES = {
 PROBABILITIES = ("switch.motion_probability", "identity.view_drop", "text.dropout", "text_to_video.image_weight")
 BELOW_ONE = ("motion.token_drop", "lora.dropout", "train.ema_decay", "optimizer.beta1", "optimizer.beta2")
 POSITIVE = (
-    "small_world.pairs", "small_world.clips", "train.steps", "train.save_every", "train.keep", "train.log_every", "identity.batch_size", "motion.batch_size",
-    "text_to_video.batch_size", "lora.rank", "lora.alpha", "optimizer.learning_rate", "optimizer.clip", "optimizer.cycles",
-    "noise.logit_std",
+    "small_world.pairs", "small_world.clips", "train.steps", "train.save_every", "train.keep", "train.log_every",
+    "identity.batch_size", "motion.batch_size", "text_to_video.batch_size", "lora.rank", "lora.alpha",
+    "optimizer.learning_rate", "optimizer.clip", "optimizer.cycles", "noise.logit_std",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "train.seed", "small_world.seed", "train.sample_every", "text_to_video.image_batch_size", "optimizer.warmup", "optimizer.decay_steps",
-    "optimizer.weight_decay",
+    "train.seed", "small_world.seed", "train.sample_every", "text_to_video.image_batch_size", "optimizer.warmup",
+    "optimizer.decay_steps", "optimizer.weight_decay",
 )  # fmt: skip
 
 
@@ -168,7 +169,8 @@ def load(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) ->
     """The configuration of the Python file `path` with `overrides` applied.
 
     `overrides` maps dotted keys ("train.steps") to values or their text, or is a list of "--config.train.steps=100".
-    Raises UserError for a file that cannot be read, a key that does not exist (with near matches) or a value of the wrong type.
+    Raises UserError for a file that cannot be read, a key that does not exist (with near matches) or a value of the
+    wrong type.
     """
     tree = _run_file(Path(path))
     pairs = overrides if isinstance(overrides, Mapping) else parse_overrides(overrides)
@@ -189,7 +191,9 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
         word = words.pop(0)
         key, equals, value = word.removeprefix("--config.").partition("=")
         if not word.startswith("--config.") or not key or not (equals or words):
-            raise UserError(f"argument {word!r} is not understood: expected --config.SECTION.KEY=VALUE, for example --config.train.steps=100")
+            raise UserError(
+                f"argument {word!r} is not understood: expected --config.SECTION.KEY=VALUE, as in --config.train.seed=1"
+            )
         pairs[key] = value if equals else words.pop(0)
     return pairs
 
@@ -201,8 +205,14 @@ def value(config: Config, key: str) -> Any:
 
 
 def _run_file(path: Path) -> dict[str, Any]:
+    if path.suffix != ".py" and path.is_file():
+        raise UserError(
+            f"config {path}: not a Python file; expected one with get_config(), for example configs/base.py"
+        )
     if not path.is_file():
-        raise UserError(f"config {path}: no such file; expected a Python file with get_config(), for example configs/base.py")
+        raise UserError(
+            f"config {path}: no such file; expected a Python file with get_config(), for example configs/base.py"
+        )
     # A config imports its parent as `configs.base`, whichever directory the command was started in.
     roots = [str(path.resolve().parent.parent), str(Path(sdv_jax.__file__).parent.parent)]
     sys.path[:0] = roots
@@ -259,7 +269,9 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str) -> Any:
             raise _unknown(prefix + name, [prefix + field for field in fields])
     for name in fields:
         if name not in tree:
-            raise UserError(f"config key {prefix + name!r} is missing: start from configs/base.py, which holds every key")
+            raise UserError(
+                f"config key {prefix + name!r} is missing: start from configs/base.py, which holds every key"
+            )
     return cls(**{name: _convert(kind, tree[name], prefix + name) for name, kind in fields.items()})
 
 
@@ -305,7 +317,9 @@ def _check_choices(config: Config) -> None:
         if value(config, key) not in choices:
             raise UserError(f"config key {key!r}: expected one of {', '.join(choices)}, found {value(config, key)!r}")
     if config.text.train_encoder and config.train.mode != "full":
-        raise UserError("config key 'text.train_encoder': true needs train.mode='full', found 'lora'; set one of the two")
+        raise UserError(
+            "config key 'text.train_encoder': true needs train.mode='full', found 'lora'; set one of the two"
+        )
     if config.train.objective == "subject" and config.train.mode == "lora" and config.optimizer.name == "muon":
         raise UserError("config key 'optimizer.name': 'muon' is for train.mode='full', found 'lora'; use 'adamw'")
 

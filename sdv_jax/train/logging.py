@@ -16,14 +16,14 @@ METRICS = "metrics.jsonl"
 
 
 class RunLog:
-    """Takes a step's metrics while they are still being computed and reads them one step later, so the device never waits.
+    """Takes a step's metrics while they are being computed and reads them one step later, so the device never waits.
 
     `write` and `flush` raise UserError, one line, at the first loss or gradient norm that is not finite.
     """
 
     def __init__(self, workdir: Path, *, start: int, steps: int, log_every: int, shown: bool = True):
         truncate(workdir / METRICS, start)
-        self.file = open(workdir / METRICS, "a", buffering=1)
+        self.file = (workdir / METRICS).open("a", buffering=1)
         self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
         self.bar = tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=not shown)
         self.log_every = log_every
@@ -60,8 +60,9 @@ class RunLog:
         self.clock = now
         if not all(math.isfinite(value) for value in values.values()):
             raise UserError(
-                f"training stopped at step {step} ({task['task']}): loss {values['loss']}, grad_norm {values['grad_norm']}; the "
-                "checkpoints before it are intact: lower optimizer.learning_rate, or check the data, and start again"
+                f"training stopped at step {step} ({task['task']}): loss {values['loss']}, "
+                f"grad_norm {values['grad_norm']}; earlier checkpoints are intact: lower optimizer.learning_rate, "
+                "or check the data, and start again"
             )
         self.file.write(json.dumps(record) + "\n")
         self.bar.update()
@@ -72,7 +73,7 @@ class RunLog:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Keeps the lines of steps before `step`: those after it will be written again. A half-written last line goes too."""
+    """Keeps the lines of steps before `step`: later ones will be written again. A half-written last line goes too."""
     if not path.exists():
         return
     kept = []

@@ -38,9 +38,10 @@ def run(
 ) -> Result:  # fmt: skip
     """Trains to `config.train.steps`, resuming the run that `workdir` holds, if any.
 
-    `stop_after` ends the run early, after that many steps in all, with a checkpoint. `data` and `parts` replace what the config
-    names. SIGTERM and SIGINT end the run after the current step, with a checkpoint; `Result.finished` is then False.
-    Raises UserError for a wrong config, data that do not fit, a workdir of another run, and a loss that is not finite.
+    `stop_after` ends the run early, after that many steps in all, with a checkpoint. `data` and `parts` replace what
+    the config names. SIGTERM and SIGINT end the run after the current step, with a checkpoint; `Result.finished` is
+    then False. Raises UserError for a wrong config, data that do not fit, a workdir of another run, and a loss that is
+    not finite.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -55,10 +56,12 @@ def run(
     record.claim(workdir, config)
 
     # ---- State and compiled steps -----------------------------------------------------------------------------------
-    tx, rate = optimizer.make(config.optimizer, config.train.steps), optimizer.learning_rate(config.optimizer, config.train.steps)
+    tx = optimizer.make(config.optimizer, config.train.steps)
+    rate = optimizer.learning_rate(config.optimizer, config.train.steps)
     graph, trained, frozen = state.split(parts.model, mode=config.train.mode, train_encoder=config.text.train_encoder)
     current = state.create(trained, tx, ema=config.train.ema_decay > 0)
-    steps = {name: step.make(graph, loss, tx, rate, ema_decay=config.train.ema_decay) for name, loss in schedule.losses.items()}
+    decay = config.train.ema_decay
+    steps = {name: step.make(graph, loss, tx, rate, ema_decay=decay) for name, loss in schedule.losses.items()}
     empty_text = jnp.asarray(first.empty_text)
     del parts, trained
 
@@ -104,11 +107,17 @@ def run(
     return Result(done, finished, model)
 
 
-def load_trained(workdir: str | Path, *, averaged: bool = True) -> Denoiser:
-    """The model of a run with the weights of its newest checkpoint: the moving average, where one was kept and `averaged`."""
+def load_trained(
+    workdir: str | Path, *, averaged: bool = True, data: Mapping[str, LatentDataset] | None = None
+) -> Denoiser:
+    """The model of a run with the weights of its newest checkpoint: the moving average, if one was kept and `averaged`.
+
+    `data` replaces what the run's config names; only whether its text is token ids matters. Raises UserError without a
+    checkpoint.
+    """
     workdir = Path(workdir)
     config = record.read(workdir)
-    data = setup.datasets(config, workdir / "data")
+    data = setup.datasets(config, workdir / "data") if data is None else data
     parts = setup.parts(config, token_ids=any(dataset.has_token_ids for dataset in data.values()))
     graph, trained, frozen = state.split(parts.model, mode=config.train.mode, train_encoder=config.text.train_encoder)
     like = state.create(trained, optimizer.make(config.optimizer, config.train.steps), ema=config.train.ema_decay > 0)

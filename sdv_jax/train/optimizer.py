@@ -13,8 +13,8 @@ MATRICES = ("kernel", "embedding", "a", "b")
 def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
     """Step -> learning rate: linear warm-up from 0, then cosine with hard restarts to 0, or constant.
 
-    The cosine is transformers' `get_cosine_with_hard_restarts_schedule_with_warmup`: after the warm-up, progress runs from 0 to 1
-    at `decay_steps` (or `steps`), and the rate is peak · (1 + cos(π · frac(cycles · progress))) / 2.
+    The cosine is transformers' `get_cosine_with_hard_restarts_schedule_with_warmup`: after the warm-up, progress runs
+    from 0 to 1 at `decay_steps` (or `steps`), and the rate is peak · (1 + cos(π · frac(cycles · progress))) / 2.
     """
     end = config.decay_steps or steps
 
@@ -49,7 +49,7 @@ def _direction(config: Optimizer) -> optax.GradientTransformation:
 
 
 def _like_adam() -> optax.GradientTransformation:
-    """Brings an orthogonal update to root mean square 0.2, so that Muon shares Adam's learning rate (arXiv 2502.16982, 2.2)."""
+    """An orthogonal update at root mean square 0.2, for Muon to share Adam's rate (arXiv 2502.16982, section 2.2)."""
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u: 0.2 * max(u.shape[1:]) ** 0.5 * u, updates))
 
 

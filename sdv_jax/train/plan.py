@@ -1,4 +1,4 @@
-"""Which program each step of a run executes and which batches it reads, decided on the host from (config, run key) alone."""
+"""Which program each step of a run executes and which batches it reads, decided on the host by (config, run key)."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ STREAMS = ("identity", "motion")  # the place in this tuple is part of a stream'
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """`programs[i]` is the name of step i's program, `tasks` maps that to what metrics.jsonl says, `batches[i]` is its data."""
+    """`programs[i]` names the program of step i, a key of `losses`; `batches[i]` is its data."""
 
     programs: tuple[str, ...]
     losses: Mapping[str, Callable]
@@ -39,17 +39,21 @@ def make(config: Config, datasets: Mapping[str, LatentDataset], objective: Objec
     """The plan of `config.train.steps` steps. `datasets` has "identity", "motion" or both, as `needed` says."""
     missing = [name for name in needed(config) if name not in datasets]
     if missing:
-        raise UserError(f"config key 'data.{missing[0]}' is empty: this run needs it; give a prepared folder, or \"small_world\"")
-    programs = _subject_programs(config, key) if config.train.objective == "subject" else ("text_to_video",) * config.train.steps
+        raise UserError(
+            f"config key 'data.{missing[0]}' is empty: this run needs it; give a prepared folder, or \"small_world\""
+        )
+    programs = (
+        _subject_programs(config, key)
+        if config.train.objective == "subject"
+        else ("text_to_video",) * config.train.steps
+    )
     sizes = _batch_sizes(config)
     streams = {
         name: Stream(datasets[name], sizes[name], (config.train.seed, STREAMS.index(name))) for name in needed(config)
     }
     reads = {name: _reads(name, programs) for name in streams}
     positions = {name: np.cumsum(used) - used for name, used in reads.items()}
-    steps = [
-        {name: int(positions[name][i]) for name in streams if reads[name][i]} for i in range(len(programs))
-    ]
+    steps = [{name: int(positions[name][i]) for name in streams if reads[name][i]} for i in range(len(programs))]
     return Plan(programs, _losses(config, objective), StepBatches(streams, steps))
 
 
@@ -83,7 +87,9 @@ def _losses(config: Config, objective: Objective) -> dict[str, Callable]:
         return identity.loss(model, batch["identity"], empty_text, key, objective=objective, view_dropped=view_dropped)
 
     def motion_loss(model, batch, empty_text, key):
-        return motion.loss(model, batch["motion"], empty_text, key, objective=objective, token_drop=config.motion.token_drop)
+        return motion.loss(
+            model, batch["motion"], empty_text, key, objective=objective, token_drop=config.motion.token_drop
+        )
 
     def text_to_video_loss(model, batch, empty_text, key):
         weight = config.text_to_video.image_weight

@@ -12,7 +12,8 @@ from sdv_jax.train.config import Config
 
 # What may change when a run is resumed: its length, its housekeeping, and where things lie.
 FREE = (
-    "train.steps", "train.save_every", "train.keep", "train.log_every", "train.sample_every", "model.path", "data.identity", "data.motion",
+    "train.steps", "train.save_every", "train.keep", "train.log_every", "train.sample_every", "model.path",
+    "data.identity", "data.motion",
 )  # fmt: skip
 
 
@@ -24,7 +25,9 @@ def claim(workdir: Path, config: Config) -> None:
         changed = [key for key in now if key not in FREE and before[key] != now[key]]
         if changed:
             told = ", ".join(f"{key} {before[key]!r} -> {now[key]!r}" for key in changed)
-            raise UserError(f"{workdir} holds a run with other settings ({told}); use a new --workdir, or the same settings")
+            raise UserError(
+                f"{workdir} holds a run with other settings ({told}); use a new --workdir, or the same settings"
+            )
     path.write_text(config.json())
 
 
@@ -42,7 +45,11 @@ def read(workdir: Path) -> Config:
 def save_adapter(folder: Path, model: Denoiser, config: Config) -> None:
     """The trained adapter as files that this package and others load."""
     adapter_files.save(
-        model.transformer, folder, targets=config.lora.targets, adaln_lora=config.lora.adaln, base=Path(config.model.path).name
+        model.transformer,
+        folder,
+        targets=config.lora.targets,
+        adaln_lora=config.lora.adaln,
+        base=Path(config.model.path).name,
     )
 
 

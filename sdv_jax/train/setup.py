@@ -14,6 +14,7 @@ from flax import nnx
 
 from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import model_folder
+from sdv_jax.checkpoints.families import rules_of
 from sdv_jax.data import latents
 from sdv_jax.data.latents import LatentDataset
 from sdv_jax.diffusion.schedules import Schedule, SchedulerConfig
@@ -52,30 +53,37 @@ def datasets(config: Config, cache: Path) -> dict[str, LatentDataset]:
     first = next(iter(found.values()), None)
     for name, dataset in found.items():
         if dataset.scaling_factor != first.scaling_factor or dataset.empty_text.shape != first.empty_text.shape:
-            raise UserError(f"data.{name} and the other prepared data are of different models: prepare both with the same one")
+            raise UserError(
+                f"data.{name} and the other prepared data are of different models: prepare both with the same one"
+            )
     return found
 
 
 def parts(config: Config, *, token_ids: bool) -> Parts:
     """The model of the run, with its adapter in mode lora; `token_ids` says that batches need the text encoder."""
     if config.text.train_encoder and not token_ids:
-        raise UserError("text.train_encoder=true needs data with token ids, found text embeddings; prepare the data with token ids")
+        raise UserError(
+            "text.train_encoder=true needs data with token ids, found text embeddings; prepare the data with token ids"
+        )
     model, schedule = (_load if config.model.path else _random)(config, token_ids)
     if config.train.mode == "lora":
         c = config.lora
         settings = lora.LoraConfig(rank=c.rank, alpha=c.alpha, targets=c.targets, dropout=c.dropout)
-        lora.add(model.transformer, settings, rngs=nnx.Rngs(config.train.seed))
+        _, rules = rules_of(model.transformer)
+        lora.add(model.transformer, settings, names=rules.to_torch_module_name, rngs=nnx.Rngs(config.train.seed))
     return Parts(model, schedule)
 
 
 def objective(config: Config, schedule: Schedule, scaling_factor: float) -> Objective:
     """What the losses hold fixed."""
     if schedule.config.prediction_type != "v_prediction":
-        raise UserError(f"scheduler: prediction_type is {schedule.config.prediction_type!r}; training needs 'v_prediction'")
+        raise UserError(
+            f"scheduler: prediction_type is {schedule.config.prediction_type!r}; training needs 'v_prediction'"
+        )
     noise = dataclasses.asdict(config.noise)
     return Objective(
-        schedule=schedule, scaling_factor=scaling_factor, text_dropout=config.text.dropout, adaln_lora=config.lora.adaln,
-        dtype=jnp.dtype(config.train.dtype), **noise,
+        schedule=schedule, scaling_factor=scaling_factor, text_dropout=config.text.dropout,
+        adaln_lora=config.lora.adaln, dtype=jnp.dtype(config.train.dtype), **noise,
     )  # fmt: skip
 
 
@@ -90,9 +98,16 @@ def _small_world(config: Config, name: str, cache: Path) -> LatentDataset:
 def _render(config: Config, name: str) -> LatentDataset:
     path, options = config.model.path, config.small_world
     if not path:
-        raise UserError(f'config key \'data.{name}\' is "small_world", which needs the VAE and tokenizer of model.path, and that is empty')
+        raise UserError(
+            f"config key 'data.{name}' is \"small_world\", which needs model.path for its VAE and tokenizer, found ''"
+        )
     vae = model_folder.load_component(path, "vae")
-    encode = partial(prepared.dataset, vae, vae.config.scaling_factor, encode_text=_text_reader(path, embed=not config.text.train_encoder))
+    encode = partial(
+        prepared.dataset,
+        vae,
+        vae.config.scaling_factor,
+        encode_text=_text_reader(path, embed=not config.text.train_encoder),
+    )
     if name == "identity":
         pairs = pool.pair_pool(World(), options.seed, options.pairs)
         return encode(pairs.target[:, None], pairs.reference[:, None], pairs.captions)
@@ -126,18 +141,25 @@ def _load(config: Config, token_ids: bool) -> tuple[Denoiser, Schedule]:
     path, dtype = config.model.path, jnp.dtype(config.model.dtype)
     transformer = model_folder.load_component(path, "transformer", dtype)
     text_encoder = model_folder.load_component(path, "text_encoder", dtype) if token_ids else None
-    return Denoiser(transformer, text_encoder), Schedule(SchedulerConfig.from_dict(model_folder.read_config(path)["scheduler"]))
+    scheduler = SchedulerConfig.from_dict(model_folder.read_config(path)["scheduler"])
+    return Denoiser(transformer, text_encoder), Schedule(scheduler)
 
 
 def _random(config: Config, token_ids: bool) -> tuple[Denoiser, Schedule]:
     """Random weights at the sizes of the config's own tables."""
     rngs, dtype = nnx.Rngs(config.train.seed), jnp.dtype(config.model.dtype)
     if not config.model.transformer:
-        raise UserError("config key 'model.path' is empty, and so is model.transformer: give a model folder, or the sizes of a new model")
-    transformer = Transformer(_from_table(TransformerConfig, config.model.transformer, "model.transformer"), dtype=dtype, rngs=rngs)
+        raise UserError(
+            "config keys 'model.path' and 'model.transformer' are empty: give a model folder, or sizes of a new model"
+        )
+    transformer = Transformer(
+        _from_table(TransformerConfig, config.model.transformer, "model.transformer"), dtype=dtype, rngs=rngs
+    )
     text_encoder = None
     if token_ids:
-        text_encoder = T5Encoder(_from_table(T5Config, config.model.text_encoder, "model.text_encoder"), dtype=dtype, rngs=rngs)
+        text_encoder = T5Encoder(
+            _from_table(T5Config, config.model.text_encoder, "model.text_encoder"), dtype=dtype, rngs=rngs
+        )
     return Denoiser(transformer, text_encoder), Schedule(SchedulerConfig.from_dict(config.model.scheduler))
 
 

@@ -1,7 +1,7 @@
 """What a step changes, and how a model is taken apart for it.
 
-States are nested dicts of arrays, not NNX states: `jax.jit` flattens dicts in C++, which keeps the host's cost of a step well below
-a millisecond, and checkpoints and optimisers see plain names.
+States are nested dicts of arrays, not NNX states: `jax.jit` flattens dicts in C++, which keeps the host's cost of a
+step well below a millisecond, and checkpoints and optimisers see plain names.
 """
 
 from typing import Any, NamedTuple
@@ -27,10 +27,14 @@ class TrainState(NamedTuple):
 
 
 def split(model: Denoiser, *, mode: str, train_encoder: bool) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """(graph, trained, frozen) for `join`. mode "lora": the adapter is trained; "full": every parameter of the transformer, and of
-    the text encoder with `train_encoder`. The trees share the model's arrays: do not use the model after a step has run."""
-    trained = nnx.LoRAParam if mode == "lora" else nnx.All(nnx.Param, _InPart("transformer", *(["text_encoder"] if train_encoder else [])))
-    graph, trained, frozen = nnx.split(model, trained, ...)
+    """(graph, trained, frozen) for `join`.
+
+    mode "lora": the adapter is trained; "full": every parameter of the transformer, and of the text encoder with
+    `train_encoder`. The trees share the model's arrays.
+    """
+    parts = ("transformer", "text_encoder") if train_encoder else ("transformer",)
+    chosen = nnx.LoRAParam if mode == "lora" else nnx.All(nnx.Param, _InPart(*parts))
+    graph, trained, frozen = nnx.split(model, chosen, ...)
     return graph, nnx.to_pure_dict(trained), nnx.to_pure_dict(frozen)
 
 
@@ -40,7 +44,7 @@ def join(graph: nnx.GraphDef, trained: Tree, frozen: Tree) -> Denoiser:
 
 
 def create(trained: Tree, tx: optax.GradientTransformation, *, ema: bool) -> TrainState:
-    """The state before the first step. Trained leaves are copied, so that donation leaves the caller's arrays alone."""
+    """The state before the first step. Leaves are copied, so that donation leaves the caller's arrays alone."""
     trained = jax.tree.map(jnp.copy, trained)
     average = jax.tree.map(jnp.copy, trained) if ema else None
     return TrainState(step=jnp.zeros((), jnp.int32), trained=trained, optimizer=tx.init(trained), ema=average)

@@ -10,17 +10,19 @@ from flax import nnx
 
 from sdv_jax.adapters import lora
 from sdv_jax.objectives.switching import Purpose, step_key
-from sdv_jax.train.state import Tree, TrainState, join
+from sdv_jax.train.state import TrainState, Tree, join
 from sdv_jax.typing import Array
 
 
 def make(
-    graph: nnx.GraphDef, loss: Callable, tx: optax.GradientTransformation, learning_rate: optax.Schedule, *, ema_decay: float,
+    graph: nnx.GraphDef, loss: Callable, tx: optax.GradientTransformation, learning_rate: optax.Schedule, *,
+    ema_decay: float,
 ) -> Callable:  # fmt: skip
     """(state, frozen, run key, batch, empty_text) -> (state, metrics), jitted; the state is donated.
 
-    `loss(model, batch, empty_text, key)` is an objective with its settings bound. Everything random in the step comes from
-    (run key, state.step). Metrics are float32 scalars on the device: loss, grad_norm (before clipping), learning_rate.
+    `loss(model, batch, empty_text, key)` is an objective with its settings bound. Everything random in the step comes
+    from (run key, state.step). Metrics are float32 scalars on the device: loss, grad_norm (before clipping),
+    learning_rate.
     """
 
     @partial(jax.jit, donate_argnums=0)
