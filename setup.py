@@ -1,4 +1,4 @@
-"""The package: `pip install -e .` is all that sampling, training and conversion need; torch comes only with `[test]`."""
+"""The package: `pip install -e .` is all that sampling, training and conversion need; torch comes with `[test]`."""
 
 import pathlib
 
@@ -8,7 +8,9 @@ setup(
     name="sdv_jax",
     version="0.1.0",
     description="Subject-driven video generation: CogVideoX with reference images, in JAX and Flax NNX",
-    long_description=(pathlib.Path(__file__).parent / "README.md").read_text() if pathlib.Path("README.md").exists() else "",
+    long_description=(pathlib.Path(__file__).parent / "README.md").read_text()
+    if pathlib.Path("README.md").exists()
+    else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -1,4 +1,6 @@
-"""One video from a model, a prompt and pictures of a subject: `python launch/sample.py --model DIR --prompt TEXT --out VIDEO.mp4`.
+"""One video from a model, a prompt and pictures of a subject.
+
+    python launch/sample.py --model DIR --prompt TEXT --out VIDEO.mp4
 
 The same as `sdv sample`; `--help` lists every option.
 """

@@ -3,7 +3,7 @@
     pipe = sdv_jax.load_pipeline("model", adapter="adapter")
     video = pipe("a <cls> subject drifting left over sand", reference="subject.png")
 
-Importing this package reads no file, starts no device and imports neither jax nor torch: each name is fetched on first use.
+Importing this package reads no file, starts no device and imports neither jax nor torch: names are fetched when used.
 """
 
 import importlib

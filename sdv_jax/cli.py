@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse with its errors as UserErrors: one line instead of the usage text."""
 
     def error(self, message: str):
-        raise UserError(f"{message}; `{self.prog} --help` lists what is accepted")
+        raise UserError(f"{message}; see {self.prog} --help")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,15 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logger.addHandler(notes)
     logger.propagate = False  # a library that configures the root logger would tell every note twice
     try:
-        parser = _parser()
+        parser, arguments = _parser(), sys.argv[1:] if arguments is None else list(arguments)
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
+            parser.error(f"unknown command {arguments[0]!r}, choose one of: {', '.join(_COMMANDS)}")
         options, options.overrides = parser.parse_known_args(arguments)
         if options.overrides and options.run is not _train:
-            parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
+            options.parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
         options.run(options)
     except UserError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except OSError as error:  # a disk or a permission; what the library expects of files it tells as UserError
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
             raise
@@ -58,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (add_arguments, run, summary) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         add_arguments(command)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, parser=command)
     return parser
 
 
@@ -68,8 +72,10 @@ def _parser() -> argparse.ArgumentParser:
 def _convert_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="SRC", help="a diffusers pipeline folder, or a Hugging Face id")
     command.add_argument("destination", metavar="DST", help="the folder to make; it must not exist")
-    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the stored weights; absent: as in the source")
-    command.add_argument("--verify", action="store_true", help="afterwards compare every component with diffusers (needs torch)")
+    command.add_argument("--dtype", metavar="float32|bfloat16", help="of the stored weights; absent: as in the source")
+    command.add_argument(
+        "--verify", action="store_true", help="afterwards compare every component with diffusers (needs torch)"
+    )
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -80,10 +86,16 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _export_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("paths", metavar="MODEL OUT", nargs="+", help="a converted folder and the diffusers folder to make")
+    command.add_argument(
+        "paths", metavar="MODEL OUT", nargs="+", help="a converted folder and the diffusers folder to make"
+    )
     command.add_argument("--adapter", help="export this adapter instead; then only OUT.safetensors follows")
-    command.add_argument("--format", choices=("diffusers", "comfyui", "peft"), default="diffusers", help="key names of the adapter file")
-    command.add_argument("--adapter-alpha", type=float, metavar="A", help="alpha of an adapter that does not say it (default: its rank)")
+    command.add_argument(
+        "--format", metavar="diffusers|comfyui|peft", default="diffusers", help="key names of the adapter file"
+    )
+    command.add_argument(
+        "--adapter-alpha", type=float, metavar="A", help="alpha of an adapter that does not say it (default: its rank)"
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -109,11 +121,23 @@ def _sample_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", required=True, metavar="DIR", help="a converted folder or a diffusers pipeline folder")
     add("--prompt", required=True, metavar="TEXT", help="what the video shows")
-    add("--out", required=True, metavar="VIDEO.mp4", help="the video; a contact sheet of the same name, .png, comes beside it")
+    add(
+        "--out",
+        required=True,
+        metavar="VIDEO.mp4",
+        help="the video; a contact sheet of the same name, .png, comes beside it",
+    )
     add("--reference", nargs="+", action="extend", default=[], metavar="IMAGE", help="pictures of the subject")
-    add("--reference-fit", choices=("crop", "pad"), default="crop", help="crop pictures to the video's shape (default), or pad them")
+    add(
+        "--reference-fit",
+        metavar="crop|pad",
+        default="crop",
+        help="crop pictures to the video's shape (default), or pad them",
+    )
     add("--adapter", metavar="PATH", help="a folder that training left, or a LoRA .safetensors file")
-    add("--adapter-alpha", type=float, metavar="A", help="alpha of a LoRA file that does not say it (default: its rank)")
+    add(
+        "--adapter-alpha", type=float, metavar="A", help="alpha of a LoRA file that does not say it (default: its rank)"
+    )
     add("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     add("--height", type=int, metavar="H", help="pixels (default: the model's own)")
     add("--width", type=int, metavar="W", help="pixels (default: the model's own)")
@@ -121,36 +145,56 @@ def _sample_arguments(command: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="N", help="denoising steps (default: 50)")
     add("--guidance", type=float, metavar="G", help="strength of the prompt (default: 6; 1 switches guidance off)")
     add("--dynamic-guidance", action="store_true", help="CogVideoX's cosine law over the steps")
-    add("--scheduler", metavar="NAME", help="ddim or dpm (default: as the model says)")
+    add("--scheduler", metavar="ddim|dpm", help="the solver (default: as the model says)")
     add("--seed", type=int, default=0, metavar="S", help="same seed, same video (default: 0)")
     add("--fps", type=float, default=8.0, metavar="F", help="frames per second of the file (default: 8)")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and computation")
+    add("--dtype", metavar="float32|bfloat16", default="float32", help="of weights and computation (default: float32)")
     add("--tiling", action="store_true", help="decode in tiles: less memory")
     add("--quiet", action="store_true", help="no progress bars")
 
 
 def _sample(options: argparse.Namespace) -> None:
     from sdv_jax.data.files import check_writable
-    from sdv_jax.data.images import fit_image, read_image
+    from sdv_jax.data.images import FITS, fit_image, read_image
     from sdv_jax.data.video import check_fps, to_uint8, write_contact_sheet, write_video
+    from sdv_jax.request import DTYPES, SCHEDULERS, check_choice, check_request
 
     out = check_writable(options.out, what="video")
     if out.suffix.lower() != ".mp4":
-        raise UserError(f"--out {out} does not end in .mp4; videos are written as mp4, name it {out.with_suffix('.mp4').name}")
+        raise UserError(
+            f"--out {out} does not end in .mp4; videos are written as mp4, name it {out.with_suffix('.mp4').name}"
+        )
     check_fps(options.fps)
+    check_choice(options.reference_fit, "reference fit", FITS)
+    check_choice(options.dtype, "dtype", DTYPES)
     pictures = [read_image(path) for path in options.reference]
 
-    from sdv_jax.pipeline import load_pipeline
+    from sdv_jax.pipeline import load_pipeline, read_limits
 
+    asked = {name: getattr(options, name) for name in ("prompt", "negative_prompt", "steps", "guidance", "seed")}
+    size = {name: getattr(options, name) for name in ("num_frames", "height", "width")}
+    # A wrong number is told now, not after the weights are read.
+    geometry, scheduler = read_limits(options.model)
+    check_request(geometry, **asked, size=tuple(size.values()), train_timesteps=scheduler.num_train_timesteps)
+    if options.scheduler is not None:
+        check_choice(options.scheduler, "scheduler", tuple(SCHEDULERS))
     pipe = load_pipeline(
-        options.model, adapter=options.adapter, adapter_alpha=options.adapter_alpha, dtype=options.dtype, progress=not options.quiet
+        options.model,
+        adapter=options.adapter,
+        adapter_alpha=options.adapter_alpha,
+        dtype=options.dtype,
+        progress=not options.quiet,
     )
     video = pipe(
-        options.prompt, reference=pictures or None, negative_prompt=options.negative_prompt, height=options.height,
-        width=options.width, num_frames=options.num_frames, steps=options.steps, guidance=options.guidance, seed=options.seed,
-        scheduler=options.scheduler, dynamic_guidance=options.dynamic_guidance, reference_fit=options.reference_fit,
-        tiling=options.tiling, progress=not options.quiet,
-    )  # fmt: skip
+        **asked,
+        **size,
+        reference=pictures or None,
+        scheduler=options.scheduler,
+        dynamic_guidance=options.dynamic_guidance,
+        reference_fit=options.reference_fit,
+        tiling=options.tiling,
+        progress=not options.quiet,
+    )
     frames = to_uint8(video[0])
     height, width = frames.shape[1:3]
     shown = [to_uint8(fit_image(p, height=height, width=width, fit=options.reference_fit) / 2 + 0.5) for p in pictures]
@@ -158,7 +202,8 @@ def _sample(options: argparse.Namespace) -> None:
     shown += [frames[round(i * (len(frames) - 1) / max(count - 1, 1))] for i in range(count)]
     write_video(out, frames, fps=options.fps)
     write_contact_sheet(out.with_suffix(".png"), [shown])
-    print(f"{out}  {len(frames)} frames of {width}x{height}, contact sheet {out.with_suffix('.png')}")
+    amount = f"{len(frames)} frame{'s' * (len(frames) > 1)}"
+    print(f"{out}  {amount} of {width}x{height}, contact sheet {out.with_suffix('.png')}")
 
 
 # MARK: train, demo
@@ -166,30 +211,41 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config", required=True, metavar="FILE", help="a Python file such as configs/base.py")
-    command.add_argument("--workdir", required=True, metavar="DIR", help="where the run leaves everything; an interrupted run goes on")
+    command.add_argument(
+        "--workdir", required=True, metavar="DIR", help="where the run leaves everything; an interrupted run goes on"
+    )
     command.epilog = "--config.SECTION.KEY=VALUE sets a key of the config, for example --config.train.steps=100."
 
 
 def _train(options: argparse.Namespace) -> None:
     from sdv_jax import training
+    from sdv_jax.data.files import make_folder
     from sdv_jax.train import config
 
-    training.train(config.load(options.config, options.overrides), options.workdir)
+    loaded = config.load(options.config, options.overrides)
+    training.train(loaded, make_folder(options.workdir, what="workdir"))
 
 
 def _demo_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--workdir", default="runs/demo", metavar="DIR", help="where the results go (default: runs/demo)")
+    command.add_argument(
+        "--workdir", default="runs/demo", metavar="DIR", help="where the results go (default: runs/demo)"
+    )
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from sdv_jax.data.files import make_folder
     from sdv_jax.small_world import demo
 
-    demo.run(options.workdir)
+    demo.run(make_folder(options.workdir, what="workdir"))
 
 
 _COMMANDS = {
     "convert": (_convert_arguments, _convert, "A published checkpoint to a folder of this project."),
-    "export": (_export_arguments, _export, "Back to a diffusers pipeline folder, or an adapter to a file for other tools."),
+    "export": (
+        _export_arguments,
+        _export,
+        "Back to a diffusers pipeline folder, or an adapter to a file for other tools.",
+    ),
     "sample": (_sample_arguments, _sample, "A prompt, and pictures of a subject, to a video."),
     "train": (_train_arguments, _train, "Train an adapter, or a model, as a config file says."),
     "demo": (_demo_arguments, _demo, "The whole path on the small world: train, sample, score."),

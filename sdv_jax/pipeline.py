@@ -10,24 +10,26 @@ Scales. The VAE's own latents come out of `encode` and go into `decode`. Everyth
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from sdv_jax import programs
 from sdv_jax.adapters.reference import sample_latents
 from sdv_jax.checkpoints import adapter_files, model_folder
+from sdv_jax.checkpoints.diffusers_folder import parse_component
 from sdv_jax.data.images import fit_image, read_image
-from sdv_jax.diffusion import SchedulerConfig, classifier_free, conditional, dynamic_scale, make_solver, sample
+from sdv_jax.diffusion import SchedulerConfig, dynamic_scale, make_solver
 from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox.vae import Tiling
 from sdv_jax.models.text.tokenizer import Tokenizer
-from sdv_jax.programs import Program
 from sdv_jax.progress import Progress
 from sdv_jax.request import (
+    DTYPES,
     OUTPUTS,
     SCHEDULERS,
     Geometry,
@@ -39,19 +41,30 @@ from sdv_jax.request import (
 )
 from sdv_jax.typing import Array, Float, Int
 
-DTYPES = ("float32", "bfloat16")
 COMPONENTS = ("transformer", "vae", "text_encoder")
 
 
 class Pipeline:
     """A loaded model. Made by `load_pipeline`; call it to make videos.
 
-    Every program takes the weights as arguments and is compiled once for given shapes. Results depend on the arguments and
-    the seed only: the same call gives the same bits.
+    Every program takes the weights as arguments and is compiled once for given shapes. Results depend on the arguments
+    and the seed only: the same call gives the same bits.
     """
 
-    def __init__(self, *, transformer, vae, text_encoder, tokenizer, scheduler, config: dict, adaln_lora: str = "all",
-                 dtype: str = "float32", mesh=None, seconds: dict | None = None):
+    def __init__(
+        self,
+        *,
+        transformer,
+        vae,
+        text_encoder,
+        tokenizer,
+        scheduler,
+        config: dict,
+        adaln_lora: str = "all",
+        dtype: str = "float32",
+        mesh=None,
+        seconds: dict | None = None,
+    ):
         self.config = config
         self.scheduler = scheduler
         self.geometry = Geometry.of(transformer.config, vae.config)
@@ -60,23 +73,41 @@ class Pipeline:
         self.text_width: int = transformer.config.text_embed_dim
         self._tiling = Tiling.default(vae.config)
         self.dtype = jnp.dtype(dtype)
-        self.seconds: dict[str, float] = seconds or {}  # stage -> seconds of the latest call, or of loading before the first
+        self.seconds: dict[str, float] = (
+            seconds or {}
+        )  # stage -> seconds of the latest call, or of loading before the first
         self._tokenizer = tokenizer
         self._mesh, self._adaln_lora = mesh, adaln_lora
         self._transformer, self._vae, self._text_encoder = map(nnx.split, (transformer, vae, text_encoder))
 
-    def __call__(self, prompt: str | Sequence[str], reference=None, negative_prompt: str | Sequence[str] = "",
-                 height: int | None = None, width: int | None = None, num_frames: int | None = None,
-                 steps: int | None = None, guidance: float | None = None, seed: int = 0,
-                 latents=None, reference_latents=None, step_noise=None, output: str = "video", *,
-                 scheduler: str | None = None, dynamic_guidance: bool = False, reference_fit: str = "crop",
-                 tiling: bool = False, progress: bool = True) -> np.ndarray:
-        """Videos, one per prompt: float32 [b, t, h, w, 3] in [0, 1], or with output="latents" their latents [b, t', h', w', c].
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        reference=None,
+        negative_prompt: str | Sequence[str] = "",
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        latents=None,
+        reference_latents=None,
+        step_noise=None,
+        output: str = "video",
+        *,
+        scheduler: str | None = None,
+        dynamic_guidance: bool = False,
+        reference_fit: str = "crop",
+        tiling: bool = False,
+        progress: bool = True,
+    ) -> np.ndarray:
+        """Videos, one per prompt: float32 [b, t, h, w, 3] in [0, 1]; output="latents" gives latents [b, t', h', w', c].
 
         Args:
           prompt: a text or a list of them. A text of more tokens than the model reads is cut, with a warning.
-          reference: a picture of the subject (path, Pillow image, array [h, w, 3] of uint8 or of floats in [0, 1]), several
-            as a list or as [k, h, w, 3]; every video of the batch sees all of them.
+          reference: a picture of the subject (path, Pillow image, array [h, w, 3] of uint8 or of floats in [0, 1]),
+            several as a list or as [k, h, w, 3]; every video of the batch sees all of them.
           negative_prompt: what to steer away from; one text, or one per prompt.
           height, width, num_frames: in pixels and frames. Where absent: as `latents` have them, else the model's own.
           steps, guidance: 50 and 6.0 where absent. Guidance of 1 or less runs the model once per step instead of twice.
@@ -95,13 +126,22 @@ class Pipeline:
         """
         check_choice(output, "output", OUTPUTS)
         request = check_request(
-            self.geometry, prompt=prompt, negative_prompt=negative_prompt, size=(num_frames, height, width), steps=steps,
-            guidance=guidance, seed=seed, train_timesteps=self.scheduler.num_train_timesteps, latents=latents,
+            self.geometry,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            size=(num_frames, height, width),
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            train_timesteps=self.scheduler.num_train_timesteps,
+            latents=latents,
         )
         solver = make_solver(self._scheduler(scheduler), request.steps)
         bars = Progress(shown=progress)
         with self._on_mesh():
-            pictures = self._references(request, reference, reference_latents, fit=reference_fit, tiling=tiling, bars=bars)
+            pictures = self._references(
+                request, reference, reference_latents, fit=reference_fit, tiling=tiling, bars=bars
+            )
             start, noise = self._noise(request, latents, step_noise)
             text = self._prompts(request, bars)
             scales = dynamic_scale(request.guidance, solver.timesteps) if dynamic_guidance else request.guidance
@@ -113,8 +153,13 @@ class Pipeline:
         self.seconds = bars.seconds
         return np.asarray(result, np.float32)
 
-    def denoise(self, latents: Float[Array, "b t h w c"], text_embeddings: Float[Array, "b s d"], timesteps: Int[Array, " b"],
-                reference_latents: Float[Array, "b k h w c"] | None = None) -> Float[Array, "b t h w c"]:
+    def denoise(
+        self,
+        latents: Float[Array, "b t h w c"],
+        text_embeddings: Float[Array, "b s d"],
+        timesteps: Int[Array, " b"],
+        reference_latents: Float[Array, "b k h w c"] | None = None,
+    ) -> Float[Array, "b t h w c"]:
         """One call of the transformer: its raw prediction. Latents are in the transformer's scale.
 
         Raises UserError for shapes that do not fit the model or each other.
@@ -132,9 +177,16 @@ class Pipeline:
             reference_latents = self._put(reference_latents)
         graph, state = self._transformer
         with self._on_mesh():
-            return _PREDICT(
-                state, self._put(latents), self._put(text_embeddings), jax.device_put(jnp.asarray(timesteps, jnp.int32), self._replicated),
-                reference_latents, graph=graph, adaln_lora=self._adaln_lora, stage="denoising", progress=Progress(shown=False),
+            return programs.PREDICT(
+                state,
+                self._put(latents),
+                self._put(text_embeddings),
+                jax.device_put(jnp.asarray(timesteps, jnp.int32), self._replicated),
+                reference_latents,
+                graph=graph,
+                adaln_lora=self._adaln_lora,
+                stage="denoising",
+                progress=Progress(shown=False),
             )
 
     def encode(self, video: Float[Array, "b t h w 3"], *, tiling: bool = False) -> tuple[Array, Array]:
@@ -163,7 +215,9 @@ class Pipeline:
 
     # MARK: stages of a call
 
-    def _references(self, request: Request, reference, reference_latents, *, fit: str, tiling: bool, bars: Progress) -> Array | None:
+    def _references(
+        self, request: Request, reference, reference_latents, *, fit: str, tiling: bool, bars: Progress
+    ) -> Array | None:
         """[b, k, h', w', c] in the transformer's scale, or None."""
         batch, (_, *shape) = len(request.prompts), self.geometry.latent_shape(1, request.height, request.width)
         if reference is not None and reference_latents is not None:
@@ -176,7 +230,9 @@ class Pipeline:
         if reference is None:
             return None
         pictures = [read_image(picture) for picture in _pictures(reference)]
-        frames = np.stack([fit_image(p, height=request.height, width=request.width, fit=fit) for p in pictures])[:, None]
+        frames = np.stack([fit_image(p, height=request.height, width=request.width, fit=fit) for p in pictures])[
+            :, None
+        ]
         mean, logvar = self._encode(self._put(frames), tiling=tiling, bars=bars)
         drawn = sample_latents(mean, logvar, self.scaling_factor, _keys(request.seed)[1])
         return jnp.broadcast_to(drawn.astype(self.dtype)[None, :, 0], (batch, len(pictures), *shape))
@@ -201,11 +257,19 @@ class Pipeline:
     def _denoise_all(self, request, solver, start, text, pictures, scales, noise, bars: Progress) -> Array:
         graph, state = self._transformer
         conditions, negative = text
-        arguments = (state, start, conditions, negative, pictures, jax.device_put(jnp.asarray(scales), self._replicated),
-                     jax.device_put(_keys(request.seed)[2], self._replicated), noise)
-        static = dict(graph=graph, solver=solver, adaln_lora=self._adaln_lora)
-        run = _SAMPLE.compiled(*arguments, progress=bars, **static)
-        with bars.stage("denoising", total=request.steps) as advance, _reporting_to(advance):
+        arguments = (
+            state,
+            start,
+            conditions,
+            negative,
+            pictures,
+            jax.device_put(jnp.asarray(scales), self._replicated),
+            jax.device_put(_keys(request.seed)[2], self._replicated),
+            noise,
+        )
+        static = {"graph": graph, "solver": solver, "adaln_lora": self._adaln_lora}
+        run = programs.SAMPLE.compiled(*arguments, progress=bars, **static)
+        with bars.stage("denoising", total=request.steps) as advance, programs.reporting_to(advance):
             result = jax.block_until_ready(run(*arguments))
             jax.effects_barrier()  # the last reports may still be on their way
         return result
@@ -213,20 +277,32 @@ class Pipeline:
     def _encode_prompt(self, prompts, bars: Progress) -> Array:
         ids, _ = self._tokenizer.tokenize(prompts, max_length=self.text_length)
         graph, state = self._text_encoder
-        return _TEXT(state, jax.device_put(jnp.asarray(ids), self._replicated), graph=graph, stage="encoding prompt", progress=bars)
+        return programs.TEXT(
+            state,
+            jax.device_put(jnp.asarray(ids), self._replicated),
+            graph=graph,
+            stage="encoding prompt",
+            progress=bars,
+        )
 
     def _encode(self, video: Array, *, tiling: bool, bars: Progress) -> tuple[Array, Array]:
         graph, state = self._vae
-        return _ENCODE(state, video, graph=graph, tiling=self._tiling if tiling else None, stage="encoding picture", progress=bars)
+        return programs.ENCODE(
+            state, video, graph=graph, tiling=self._tiling if tiling else None, stage="encoding picture", progress=bars
+        )
 
     def _decode(self, latents: Array, *, tiling: bool, bars: Progress) -> Array:
         graph, state = self._vae
-        return _DECODE(state, latents, graph=graph, tiling=self._tiling if tiling else None, stage="decoding", progress=bars)
+        return programs.DECODE(
+            state, latents, graph=graph, tiling=self._tiling if tiling else None, stage="decoding", progress=bars
+        )
 
     def _scheduler(self, name: str | None):
         if name is None:
             return self.scheduler
-        return dataclasses.replace(self.scheduler, class_name=SCHEDULERS[check_choice(name, "scheduler", tuple(SCHEDULERS))])
+        return dataclasses.replace(
+            self.scheduler, class_name=SCHEDULERS[check_choice(name, "scheduler", tuple(SCHEDULERS))]
+        )
 
     @property
     def _replicated(self):
@@ -242,8 +318,15 @@ class Pipeline:
 # MARK: loading
 
 
-def load_pipeline(path: str | os.PathLike, adapter: str | os.PathLike | None = None, adapter_alpha: float | None = None,
-                  dtype: str = "float32", mesh=None, *, progress: bool = True) -> Pipeline:
+def load_pipeline(
+    path: str | os.PathLike,
+    adapter: str | os.PathLike | None = None,
+    adapter_alpha: float | None = None,
+    dtype: str = "float32",
+    mesh=None,
+    *,
+    progress: bool = True,
+) -> Pipeline:
     """The model in `path`, a converted folder or a diffusers pipeline folder, ready to be called.
 
     Args:
@@ -271,8 +354,27 @@ def load_pipeline(path: str | os.PathLike, adapter: str | os.PathLike | None = N
         with bars.stage("loading adapter"):
             adaln_lora = adapter_files.load(parts["transformer"], file, alpha=adapter_alpha).adaln_lora
             _replicate_adapter(parts["transformer"], mesh)
-    return Pipeline(**parts, tokenizer=tokenizer, scheduler=SchedulerConfig.from_dict(config["scheduler"]), config=config,
-                    adaln_lora=adaln_lora, dtype=dtype, mesh=mesh, seconds=bars.seconds)
+    return Pipeline(
+        **parts,
+        tokenizer=tokenizer,
+        scheduler=SchedulerConfig.from_dict(config["scheduler"]),
+        config=config,
+        adaln_lora=adaln_lora,
+        dtype=dtype,
+        mesh=mesh,
+        seconds=bars.seconds,
+    )
+
+
+def read_limits(path: str | os.PathLike) -> tuple[Geometry, SchedulerConfig]:
+    """What the model in `path` can make, and its solver's settings, from its json files: for checks before loading."""
+    config = model_folder.read_config(path)
+    family = model_folder.family_of(config, pathlib.Path(path))
+    transformer, vae = (
+        parse_component(family, name, config["config"][name], pathlib.Path(path) / name)
+        for name in ("transformer", "vae")
+    )
+    return Geometry.of(transformer, vae), SchedulerConfig.from_dict(config["scheduler"])
 
 
 def _replicate_adapter(transformer: nnx.Module, mesh) -> None:
@@ -293,48 +395,3 @@ def _pictures(reference) -> list:
 def _keys(seed: int) -> tuple[Array, Array, Array]:
     """Independent keys for the initial noise, the reference's latents and the solver."""
     return tuple(jax.random.fold_in(jax.random.key(seed), use) for use in range(3))
-
-
-# MARK: programs
-
-
-def _predict(state, latents, text, timesteps, reference, *, graph, adaln_lora):
-    return nnx.merge(graph, state)(latents, text, timesteps, reference=reference, adaln_lora=adaln_lora)
-
-
-def _sample(state, latents, text, negative, reference, scales, key, step_noise, *, graph, solver, adaln_lora):
-    def predict(x, timesteps, conditions):
-        text, reference = conditions
-        return _predict(state, x, text, timesteps, reference, graph=graph, adaln_lora=adaln_lora)
-
-    conditions = text, reference
-    # The subject is in both halves: guidance strengthens the text alone.
-    denoise = conditional(predict, conditions) if negative is None else classifier_free(
-        predict, conditions, negative=(negative, reference))
-    return sample(denoise, solver, latents, guidance=scales, key=key, step_noise=step_noise, progress=_report)
-
-
-_TEXT = Program(lambda state, ids, *, graph: nnx.merge(graph, state)(ids), name="text encoder", static=("graph",))
-_ENCODE = Program(lambda state, video, *, graph, tiling: nnx.merge(graph, state).encode(video, tiling=tiling),
-                  name="encoder", static=("graph", "tiling"))
-_DECODE = Program(lambda state, latents, *, graph, tiling: nnx.merge(graph, state).decode(latents, tiling=tiling),
-                  name="decoder", static=("graph", "tiling"))
-_PREDICT = Program(_predict, name="transformer", static=("graph", "adaln_lora"))
-_SAMPLE = Program(_sample, name="denoiser", static=("graph", "solver", "adaln_lora"))
-
-# The compiled loop reports to whoever stands here: the callback is part of the program, so it has to be the same every time.
-_listeners: list[Callable[[], None]] = []
-
-
-def _report(finished: int, steps: int) -> None:
-    for advance in _listeners:
-        advance()
-
-
-@contextmanager
-def _reporting_to(advance: Callable[[], None]) -> Iterator[None]:
-    _listeners.append(advance)
-    try:
-        yield
-    finally:
-        _listeners.remove(advance)

@@ -1,18 +1,24 @@
-"""Jitted functions whose compilation is seen: told to the user while it happens, and never repeated for equal shapes."""
+"""The compiled programs of a pipeline: text encoder, both halves of the VAE, one prediction, the whole denoising loop.
 
-from collections.abc import Callable
+Compilation is told to the user while it happens, and never repeated for equal shapes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
+from flax import nnx
 
+from sdv_jax.diffusion import classifier_free, conditional, sample
 from sdv_jax.progress import Progress
 
 
 class Program:
     """`function` compiled once per combination of static keywords, argument shapes, dtypes and shardings.
 
-    The same as `jax.jit(function, static_argnames=...)`, with compiling and running as two stages instead of one. Weights
-    are arguments, never constants of the program, so that models of one architecture share it.
+    The same as `jax.jit(function, static_argnames=...)`, with compiling and running as two stages instead of one.
+    Weights are arguments, never constants of the program, so that models of one architecture share it.
     """
 
     def __init__(self, function: Callable, *, name: str, static: tuple[str, ...]):
@@ -35,7 +41,57 @@ class Program:
                 self._compiled[key] = self._jitted.lower(*arguments, **static).compile()
         return self._compiled[key]
 
-    @property
-    def count(self) -> int:
-        """How many executables there are."""
-        return len(self._compiled)
+
+# MARK: what runs
+
+
+def _predict(state, latents, text, timesteps, reference, *, graph, adaln_lora):
+    return nnx.merge(graph, state)(latents, text, timesteps, reference=reference, adaln_lora=adaln_lora)
+
+
+def _sample(state, latents, text, negative, reference, scales, key, step_noise, *, graph, solver, adaln_lora):
+    def predict(x, timesteps, conditions):
+        text, reference = conditions
+        return _predict(state, x, text, timesteps, reference, graph=graph, adaln_lora=adaln_lora)
+
+    conditions = text, reference
+    # The subject is in both halves: guidance strengthens the text alone.
+    denoise = (
+        conditional(predict, conditions)
+        if negative is None
+        else classifier_free(predict, conditions, negative=(negative, reference))
+    )
+    return sample(denoise, solver, latents, guidance=scales, key=key, step_noise=step_noise, progress=_report)
+
+
+TEXT = Program(lambda state, ids, *, graph: nnx.merge(graph, state)(ids), name="text encoder", static=("graph",))
+ENCODE = Program(
+    lambda state, video, *, graph, tiling: nnx.merge(graph, state).encode(video, tiling=tiling),
+    name="encoder",
+    static=("graph", "tiling"),
+)
+DECODE = Program(
+    lambda state, latents, *, graph, tiling: nnx.merge(graph, state).decode(latents, tiling=tiling),
+    name="decoder",
+    static=("graph", "tiling"),
+)
+PREDICT = Program(_predict, name="transformer", static=("graph", "adaln_lora"))
+SAMPLE = Program(_sample, name="denoiser", static=("graph", "solver", "adaln_lora"))
+
+# The compiled loop reports to whoever stands here: a callback is part of its program, and must not change.
+_listeners: list[Callable[[], None]] = []
+
+
+def _report(finished: int, steps: int) -> None:
+    for advance in _listeners:
+        advance()
+
+
+@contextmanager
+def reporting_to(advance: Callable[[], None]) -> Iterator[None]:
+    """While the block runs, `advance` is called after each denoising step."""
+    _listeners.append(advance)
+    try:
+        yield
+    finally:
+        _listeners.remove(advance)

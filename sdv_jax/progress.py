@@ -11,7 +11,7 @@ _NO_BAR = "{desc:<22}"
 
 
 class Progress:
-    """Named stages. With `shown=False` nothing is printed; `seconds` is filled either way, stage -> seconds spent in it."""
+    """Named stages. `shown=False` prints nothing; `seconds` (stage -> seconds spent in it) is filled either way."""
 
     def __init__(self, *, shown: bool = True):
         self.shown = shown
@@ -19,7 +19,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, *, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """One stage; yields what to call after each of its `total` steps. A stage without `total` only tells its time."""
+        """One stage; yields what to call after each of its `total` steps. Without `total` it only tells its time."""
         start = time.perf_counter()
         form = _BAR if total else _NO_BAR
         running = form + (" {elapsed}<{remaining}" if total else " ...")

@@ -12,6 +12,7 @@ from sdv_jax.errors import UserError
 
 STEPS, GUIDANCE = 50, 6.0  # the defaults of diffusers' CogVideoXPipeline
 OUTPUTS = ("video", "latents")
+DTYPES = ("float32", "bfloat16")
 SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 _SEEDS = 2**32
 
@@ -75,17 +76,32 @@ class Request:
 
 
 def check_request(
-    geometry: Geometry, *, prompt, negative_prompt, size: tuple, steps, guidance, seed, train_timesteps: int, latents=None
+    geometry: Geometry,
+    *,
+    prompt,
+    negative_prompt,
+    size: tuple,
+    steps,
+    guidance,
+    seed,
+    train_timesteps: int,
+    latents=None,
 ) -> Request:
-    """The checked request; `size` is (num_frames, height, width), each None for "as `latents` have it, else the model's own".
+    """The checked request. `size` is (num_frames, height, width); None is "as `latents` have it, else the model's own".
 
     Raises:
       UserError: one line for the first thing that is wrong.
     """
     prompts = _texts(prompt, "prompt")
-    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else _texts(negative_prompt, "negative_prompt")
+    negatives = (
+        [negative_prompt] * len(prompts)
+        if isinstance(negative_prompt, str)
+        else _texts(negative_prompt, "negative_prompt")
+    )
     if len(negatives) != len(prompts):
-        raise UserError(f"negative_prompt has {len(negatives)} texts for {len(prompts)} prompts; give one, or one per prompt")
+        raise UserError(
+            f"negative_prompt has {len(negatives)} texts for {len(prompts)} prompts; give one, or one per prompt"
+        )
     own = geometry.num_frames, geometry.height, geometry.width
     if latents is not None and np.ndim(latents) == 5:
         own = geometry.pixel_sizes(np.shape(latents))
@@ -103,9 +119,11 @@ def check_request(
 
 
 def check_array(array, name: str, shape: Sequence[int | str]) -> None:
-    """Raises UserError unless `array` is a finite floating-point array of `shape`; a str in `shape` is any size, named."""
+    """Raises UserError unless `array` holds finite numbers in `shape`, where a text is any size of 1 or more."""
     found = np.shape(array)
-    fits = len(found) == len(shape) and all(isinstance(want, str) or want == have for want, have in zip(shape, found, strict=True))
+    fits = len(found) == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, found, strict=True)
+    )
     if not fits:
         wanted = ", ".join(map(str, shape))
         raise UserError(f"{name} has shape {tuple(found)}; expected [{wanted}]")
@@ -137,7 +155,7 @@ def check_video_size(shape: tuple[int, ...], geometry: Geometry) -> None:
 def _texts(value, name: str) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{name} is a {type(value).__name__}; expected a text or a list of texts")
+        raise UserError(f"{name} is of type {type(value).__name__}; expected a text or a list of texts")
     if not texts:
         raise UserError(f"{name} is an empty list; give at least one text")
     return list(texts)
@@ -155,9 +173,8 @@ def _frames(value, temporal: int) -> int:
         raise UserError(f"num_frames is {count}; expected at least 1")
     if (count - 1) % temporal:
         below = (count - 1) // temporal * temporal + 1
-        raise UserError(
-            f"num_frames is {count}; this model makes 1 + a multiple of {temporal} frames: the nearest are {below} and {below + temporal}"
-        )
+        rule = f"this model makes 1 + a multiple of {temporal} frames"
+        raise UserError(f"num_frames is {count}; {rule}: the nearest are {below} and {below + temporal}")
     return count
 
 
@@ -170,7 +187,9 @@ def _multiple(pixels: int, name: str, multiple: int) -> int:
         raise UserError(f"{name} is {pixels}; expected a multiple of {multiple}, the smallest is {multiple}")
     if pixels % multiple:
         below = pixels // multiple * multiple
-        raise UserError(f"{name} is {pixels}; expected a multiple of {multiple}: the nearest are {below} and {below + multiple}")
+        raise UserError(
+            f"{name} is {pixels}; expected a multiple of {multiple}: the nearest are {below} and {below + multiple}"
+        )
     return pixels
 
 

@@ -5,23 +5,28 @@ import string
 
 TEXT_LENGTH = 12
 SCHEDULER = dict(
-    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, prediction_type="v_prediction",
-    rescale_betas_zero_snr=True, set_alpha_to_one=True, timestep_spacing="trailing",
+    beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False,
+    prediction_type="v_prediction", rescale_betas_zero_snr=True, set_alpha_to_one=True, timestep_spacing="trailing",
 )  # fmt: skip
 
 
 def make_pipeline(*, rotary: bool = True, scheduler: str = "ddim", seed: int = 0):
     """diffusers' CogVideoXPipeline: 16x24 pixels and 9 frames by default, 4 pixels per latent, 12 text tokens."""
     import torch
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
-    from diffusers import CogVideoXTransformer3DModel
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        CogVideoXDDIMScheduler,
+        CogVideoXDPMScheduler,
+        CogVideoXPipeline,
+        CogVideoXTransformer3DModel,
+    )
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
     transformer = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=16,
-        num_layers=2, sample_width=6, sample_height=4, sample_frames=9, max_text_seq_length=TEXT_LENGTH,
-        use_rotary_positional_embeddings=rotary,
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8,
+        text_embed_dim=16, num_layers=2, sample_width=6, sample_height=4, sample_frames=9,
+        max_text_seq_length=TEXT_LENGTH, use_rotary_positional_embeddings=rotary,
     )  # fmt: skip
     vae = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3,
@@ -50,7 +55,12 @@ def make_tokenizer():
     from transformers import T5Tokenizer
 
     pieces = [*string.ascii_lowercase, *string.punctuation, "▁a", "▁red", "▁ball", "▁cat", "▁on", "▁sand", "▁"]
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -1.0 - 0.01 * i) for i, piece in enumerate(pieces))]
+    vocabulary = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((piece, -1.0 - 0.01 * i) for i, piece in enumerate(pieces)),
+    ]
     return T5Tokenizer(vocab=vocabulary, extra_ids=0, model_max_length=TEXT_LENGTH)
 
 
@@ -59,7 +69,7 @@ def _randomise(*modules) -> None:
     import torch
 
     for module in modules:
-        for name, parameter in module.named_parameters():
+        for parameter in module.parameters():
             with torch.no_grad():
                 if parameter.ndim == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))

@@ -27,6 +27,23 @@ def check_writable(path: str | os.PathLike, *, what: str) -> pathlib.Path:
     return path
 
 
+def make_folder(path: str | os.PathLike, *, what: str) -> pathlib.Path:
+    """`path` as a Path, after making the folder and those above it where they are missing.
+
+    Raises UserError where that fails, or where the folder takes no files.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise UserError(f"{what} {path} is a file; choose another place") from error
+    except OSError as error:
+        raise UserError(f"{what} {path} cannot be made ({error.strerror}); choose another place") from error
+    if not _accepts_files(path):
+        raise UserError(f"{what} {path}: no permission to write there; choose another place")
+    return path
+
+
 @contextmanager
 def replacing(path: str | os.PathLike, *, what: str) -> Iterator[pathlib.Path]:
     """A temporary file beside `path`, with the same suffix, that becomes `path` when the block ends without an error.

@@ -22,7 +22,6 @@ SMALLEST_SIDE = 8  # pixels; below it a picture holds less than one latent cell 
 FITS = ("crop", "pad")
 
 
-
 def read_image(source, *, name: str = "reference image") -> UInt8[np.ndarray, "h w 3"]:
     """One picture as uint8 RGB.
 
@@ -31,7 +30,8 @@ def read_image(source, *, name: str = "reference image") -> UInt8[np.ndarray, "h
       name: how messages call it; a path is added.
 
     Raises:
-      UserError: missing, unreadable, truncated or empty file, a side below 8 pixels, an array of another shape, type or range.
+      UserError: a file that is missing, unreadable, truncated or empty; a side below 8 pixels; an array of another
+        shape, type or range.
     """
     if isinstance(source, (str, os.PathLike)):
         name = f"{name} {source}"
@@ -41,7 +41,7 @@ def read_image(source, *, name: str = "reference image") -> UInt8[np.ndarray, "h
     elif isinstance(source, np.ndarray) or hasattr(source, "__array__"):
         pixels = _from_array(np.asarray(source), name)
     else:
-        raise UserError(f"{name} is a {type(source).__name__}; give a path, a Pillow image or a numpy array")
+        raise UserError(f"{name} is of type {type(source).__name__}; give a path, a Pillow image or a numpy array")
     height, width = pixels.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
         raise UserError(
@@ -91,14 +91,18 @@ def _guarded(read, name: str) -> np.ndarray:
     try:
         return read()
     except UnidentifiedImageError as error:
-        raise UserError(f"{name} is not an image that can be read (PNG, JPEG, WebP, GIF, TIFF, BMP); convert it") from error
+        raise UserError(
+            f"{name} is not an image that can be read (PNG, JPEG, WebP, GIF, TIFF, BMP); convert it"
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller first") from error
     except PermissionError as error:
         raise UserError(f"{name} cannot be opened: no permission to read it") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
         # Pillow reports damage with whatever its decoder raised; the first line says what it was.
-        raise UserError(f"{name} is damaged and cannot be read ({str(error).splitlines()[0]}); replace the file") from error
+        raise UserError(
+            f"{name} is damaged and cannot be read ({str(error).splitlines()[0]}); replace the file"
+        ) from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

@@ -29,7 +29,9 @@ def check_fps(fps: float) -> None:
         raise UserError(f"fps is {fps}; expected a number above 0 and at most 1000")
 
 
-def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float, quality: int = 17) -> None:
+def write_video(
+    path: str | os.PathLike, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float, quality: int = 17
+) -> None:
     """An mp4 of H.264, yuv420p, BT.709: what browsers, phones and editors play.
 
     yuv420p halves the colour planes, so an odd height or width is made even by repeating the last row or column.
@@ -43,7 +45,9 @@ def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "t h w 3"], *
     """
     check_fps(fps)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.shape[0] == 0 or frames.dtype != np.uint8:
-        raise UserError(f"video to write is {frames.dtype} {frames.shape}; expected uint8 [t,h,w,3] with at least one frame")
+        raise UserError(
+            f"video to write is {frames.dtype} {frames.shape}; expected uint8 [t,h,w,3] with at least one frame"
+        )
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with replacing(path, what="video") as temporary, av.open(str(temporary), "w", format="mp4") as container:
@@ -55,9 +59,7 @@ def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "t h w 3"], *
         context.color_primaries = context.color_trc = _BT709
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-            frame = frame.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-            )
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 

@@ -11,7 +11,11 @@ from sdv_jax.errors import UserError
 
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    for path, message in [("none/a.mp4", "does not exist"), ("file/a.mp4", "is a file, not a folder"), (".", "is a folder")]:
+    for path, message in [
+        ("none/a.mp4", "does not exist"),
+        ("file/a.mp4", "is a file, not a folder"),
+        (".", "is a folder"),
+    ]:
         with pytest.raises(UserError, match=message):
             check_writable(tmp_path / path, what="video")
 

@@ -35,7 +35,9 @@ def test_alpha_is_composited_on_white():
     rgba[0, 0] = (0, 0, 0, 128)
     for source in (rgba, Image.fromarray(rgba)):
         pixels = read_image(source)
-        assert tuple(pixels[5, 0]) == (255, 255, 255) and tuple(pixels[5, 11]) == RED and tuple(pixels[0, 0]) == (127,) * 3
+        assert (
+            tuple(pixels[5, 0]) == (255, 255, 255) and tuple(pixels[5, 11]) == RED and tuple(pixels[0, 0]) == (127,) * 3
+        )
 
 
 def test_palette_with_a_transparent_colour(tmp_path):
@@ -83,7 +85,7 @@ def test_an_animation_gives_its_first_frame(tmp_path):
         (np.zeros((0, 10, 3), np.uint8), "empty"),
         (np.zeros((7, 10, 3), np.uint8), "10x7 pixels"),
         ("nowhere.png", "nowhere.png does not exist"),
-        (7, "is a int"),
+        (7, "is of type int"),
     ],
 )
 def test_what_is_refused(array, message):

@@ -1,0 +1,112 @@
+"""The files that the rows of docs/errors.md name, and what it takes to run a row."""
+
+import json
+import pathlib
+import re
+import shlex
+import shutil
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from tests.tiny_pipeline import save_pipeline
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "errors.md"
+BASE = 'sample --model model --prompt "a red ball" --num-frames 1 --steps 1 --quiet --out video.mp4'
+_ROW = re.compile(r"\| `(?P<input>.+?)` \| `(?P<line>.+?)` \|(?P<remark>.*)\|")
+
+
+def rows() -> list[tuple[str, str]]:
+    """(input, line) of every row of the page."""
+    return [(m["input"], m["line"]) for m in map(_ROW.fullmatch, PAGE.read_text().splitlines()) if m]
+
+
+def arguments(typed: str) -> list[str]:
+    """What a row types, as the arguments of `sdv`."""
+    return shlex.split(typed)[1:] if typed.split()[0] == "sdv" else shlex.split(f"{BASE} {typed}")
+
+
+def make_files(folder: pathlib.Path) -> None:
+    """Fills `folder` with everything that the rows mention."""
+    _pictures(folder)
+    _models(folder)
+    _adapters(folder)
+    shutil.copy(ROOT / "configs" / "base.py", folder / "base.py")
+
+
+def _pictures(folder: pathlib.Path) -> None:
+    (folder / "pictures").mkdir()
+    (folder / "text.png").write_text("this is not an image")
+    (folder / "empty.png").touch()
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    for name in ("cut.png", "cut.jpg"):
+        Image.fromarray(noise).save(folder / name)
+        (folder / name).write_bytes((folder / name).read_bytes()[:800])
+    (folder / "bomb.png").write_bytes(_claiming(60000, 60000))
+    Image.fromarray(noise[:1, :1]).save(folder / "one_pixel.png")
+    Image.fromarray(noise).convert("L").save(folder / "grey.png")
+    Image.fromarray(noise).convert("P").save(folder / "palette.png")
+    Image.fromarray(noise).convert("CMYK").save(folder / "cmyk.jpg")
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(folder / "sixteen_bits.png")
+    Image.fromarray(np.dstack([noise, noise[..., 0]])).save(folder / "alpha.png")
+    Image.fromarray(np.resize(noise, (20, 400, 3))).save(folder / "wide.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise).save(folder / "rotated.jpg", exif=exif)
+    Image.fromarray(noise).save(folder / "animated.gif", save_all=True, append_images=[Image.fromarray(noise[::-1])])
+
+
+def _claiming(width: int, height: int) -> bytes:
+    """A PNG whose header states that size and whose pixels never come."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def _models(folder: pathlib.Path) -> None:
+    from sdv_jax.checkpoints.convert import convert
+
+    model = save_pipeline(folder / "model")
+    weights = "diffusion_pytorch_model.safetensors"
+    convert(model, folder / "half_converted", progress=False)
+    shutil.rmtree(folder / "half_converted" / "vae")
+
+    def copy(name: str) -> pathlib.Path:
+        return pathlib.Path(shutil.copytree(model, folder / name))
+
+    cut = copy("cut_weights") / "transformer" / weights
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    (copy("no_weights") / "vae" / weights).unlink()
+    (copy("broken_json") / "transformer" / "config.json").write_text('{"num_layers": 2,')
+    shutil.rmtree(copy("no_tokenizer") / "tokenizer")
+    holes = copy("nan_weights") / "vae" / weights
+    content = bytearray(holes.read_bytes())
+    content[-4:] = struct.pack("<f", float("nan"))
+    holes.write_bytes(content)
+    _edit(copy("unknown_class") / "model_index.json", _class_name="WanPipeline")
+    _edit(copy("unknown_scheduler") / "scheduler" / "scheduler_config.json", _class_name="EulerDiscreteScheduler")
+
+
+def _edit(file: pathlib.Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def _adapters(folder: pathlib.Path) -> None:
+    from safetensors.numpy import save_file
+
+    def adapter(name: str, width: int, block: int) -> None:
+        module = f"transformer.transformer_blocks.{block}.attn1.to_q"
+        halves = {"lora_A": np.ones((2, width), np.float32), "lora_B": np.ones((width, 2), np.float32)}
+        save_file({f"{module}.{half}.weight": value for half, value in halves.items()}, folder / name)
+
+    adapter("fits.safetensors", 32, 1)
+    adapter("wider.safetensors", 64, 0)
+    adapter("deeper.safetensors", 32, 7)
+    save_file({"unet.conv_in.weight": np.ones((2, 2), np.float32)}, folder / "strange.safetensors")
+    (folder / "cut.safetensors").write_bytes((folder / "fits.safetensors").read_bytes()[:-100])
