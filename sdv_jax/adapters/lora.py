@@ -1,12 +1,12 @@
 """Low-rank adapters: which layers get one, and what can be done with them once they have.
 
-Targets are named as PEFT names them, by the suffix of the module's name in the diffusers checkpoint, because that is what
-published adapters and training recipes list. Our own layer names are translated by `torch_name`.
+Targets are named as PEFT names them, by the end of the module's name in the published checkpoint, because that is what
+published adapters and training recipes list. How our layers are called there, the caller says: it is a column of the
+conversion table, which this module, being below it, does not know.
 """
 
 import dataclasses
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from sdv_jax.typing import Key
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Rank, alpha (the update is scaled by alpha / rank), PEFT-style targets, dropout on the adapter's input while training."""
+    """Rank, alpha (the update is scaled by alpha / rank), PEFT-style targets, dropout on the adapter's input."""
 
     rank: int = 128
     alpha: float = 64.0
@@ -34,15 +34,8 @@ class LoraConfig:
             raise UserError("lora.targets is empty: name at least one module suffix, such as to_q")
 
 
-# Where our layer names differ from diffusers' (one row per difference, ours on the left).
-_TORCH_NAMES = ((r"^blocks\.", "transformer_blocks."), (r"\.to_out$", ".to_out.0"), (r"\.ff\.up$", ".ff.net.0.proj"), (r"\.ff\.down$", ".ff.net.2"))
-
-
-def torch_name(path: str) -> str:
-    """The diffusers name of one of our layers, without the layer index: blocks.ff.up -> transformer_blocks.ff.net.0.proj."""
-    for pattern, name in _TORCH_NAMES:
-        path = re.sub(pattern, name, path)
-    return path
+# (path of a layer, block or None for a layer outside the stack) -> its name in the published checkpoint.
+Names = Callable[[str, int | None], str]
 
 
 def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
@@ -56,19 +49,23 @@ def adapted(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
     return ((path, layer) for path, layer in linears(model) if layer.lora is not None)
 
 
-def add(model: nnx.Module, config: LoraConfig, *, rngs: nnx.Rngs) -> None:
+def add(model: nnx.Module, config: LoraConfig, *, names: Names, rngs: nnx.Rngs) -> None:
     """Fills the slot of every targeted layer; the model's outputs do not change until the adapter is trained.
 
-    Raises `UserError` for a target that hits no layer.
+    `names` is the `to_torch_module_name` of the model's conversion rules. Raises `UserError` for a target that hits no
+    layer, or a layer of some blocks only.
     """
-    missed = set(config.targets)
-    for path, layer in linears(model):
-        hits = {target for target in config.targets if is_hit(torch_name(path), target)}
-        if hits:
-            layer.lora = LoRA(layer.kernel[...], rank=config.rank, alpha=config.alpha, dropout=config.dropout, rngs=rngs)
-            missed -= hits
+    known = {path: _published(path, layer, names) for path, layer in linears(model)}
+    every = [name for found in known.values() for name in found]
+    missed = [target for target in config.targets if not any(is_hit(name, target) for name in every)]
     if missed:
-        raise UserError(f"lora.targets: no layer is named {', '.join(sorted(missed))}; layers are {_names(model)}")
+        layers = ", ".join(found[0] for found in known.values())
+        raise UserError(f"lora.targets: no layer is named {', '.join(missed)}; there are (block 0 for all) {layers}")
+    targeted = [path for path, found in known.items() if _hits_all(found, config.targets)]
+    for path, layer in linears(model):
+        if path in targeted:
+            rank, alpha, dropout = config.rank, config.alpha, config.dropout
+            layer.lora = LoRA(layer.kernel[...], rank=rank, alpha=alpha, dropout=dropout, rngs=rngs)
 
 
 def is_hit(name: str, target: str) -> bool:
@@ -97,15 +94,21 @@ def set_dropout_key(model: nnx.Module, key: Key | None) -> None:
         layer.lora.key = nnx.Variable(jax.random.split(own, lead) if lead else own)
 
 
-def merge(model: nnx.Module) -> None:
-    """Adds each adapter into its kernel and keeps the adapter in the slot's place removed: the model computes the same without one."""
+def merge(model: nnx.Module) -> dict[str, LoRA]:
+    """Adds each adapter into its kernel and empties the slots: the model computes the same without an adapter.
+
+    Returns layer path -> adapter, for `unmerge`. Kernels keep their dtype: in bfloat16 the sum is rounded. An adapter
+    used with adaln_lora = "reference" cannot be merged, because a merged kernel acts on every stream.
+    """
+    adapter = {path: layer.lora for path, layer in adapted(model)}
     for _, layer in adapted(model):
         layer.kernel[...] = _shifted(layer, +1)
     remove(model)
+    return adapter
 
 
 def unmerge(model: nnx.Module, adapter: dict[str, LoRA]) -> None:
-    """The inverse of `merge`: takes `adapter` (layer path -> LoRA, as `collect` returned before merging) out of the kernels and puts it back in the slots."""
+    """The inverse of `merge`: takes what it returned out of the kernels again, and puts it back into the slots."""
     layers = dict(linears(model))
     unknown = sorted(set(adapter) - set(layers))
     if unknown:
@@ -115,16 +118,21 @@ def unmerge(model: nnx.Module, adapter: dict[str, LoRA]) -> None:
         layers[path].kernel[...] = _shifted(layers[path], -1)
 
 
-def collect(model: nnx.Module) -> dict[str, LoRA]:
-    """Layer path -> adapter, for `unmerge`."""
-    return {path: layer.lora for path, layer in adapted(model)}
-
-
 def _shifted(layer: Linear, sign: int) -> jax.Array:
     lora = layer.lora
     delta = jnp.matmul(lora.a[...], lora.b[...], precision="highest") * lora.scale
     return (layer.kernel[...].astype(jnp.float32) + sign * delta).astype(layer.kernel.dtype)
 
 
-def _names(model: nnx.Module) -> str:
-    return ", ".join(torch_name(path) for path, _ in linears(model))
+def _published(path: str, layer: Linear, names: Names) -> list[str]:
+    """The names of a layer: one per block if it is stacked."""
+    stacked = layer.kernel.ndim == 3
+    return [names(path, block) for block in (range(layer.kernel.shape[0]) if stacked else (None,))]
+
+
+def _hits_all(found: list[str], targets: tuple[str, ...]) -> bool:
+    """Whether the blocks of one layer are targeted, which has to be all of them or none."""
+    hits = [name for name in found if any(is_hit(name, target) for target in targets)]
+    if hits and len(hits) < len(found):
+        raise UserError(f"lora.targets: {hits[0]} is hit, but not that layer of every block; leave the number away")
+    return bool(hits)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from sdv_jax.typing import Array, Float, Int, Key
 
 
-def sample_latents(mean: Float[Array, "*b c"], logvar: Float[Array, "*b c"], scaling_factor: float, key: Key) -> Float[Array, "*b c"]:
+def sample_latents(mean: Float[Array, "*b c"], logvar: Float[Array, "*b c"], scaling_factor: float,
+                   key: Key[Array, ""]) -> Float[Array, "*b c"]:
     """A draw from the VAE's posterior, in the transformer's scale."""
     noise = jax.random.normal(key, mean.shape, jnp.float32)
     return (mean + jnp.exp(0.5 * logvar) * noise) * scaling_factor
@@ -17,10 +18,10 @@ def kept_count(tokens: int, drop: float) -> int:
     return max(1, round((1 - drop) * tokens))
 
 
-def keep_index(key: Key, batch: int, tokens: int, drop: float) -> Int[Array, "b r"]:
+def keep_index(key: Key[Array, ""], batch: int, tokens: int, drop: float) -> Int[Array, "b r"]:
     """Which reference tokens each example keeps: drawn without replacement, in increasing order.
 
-    Our reading of paper A's TokenDrop (p_drop = 0.5): dropped tokens leave the sequence, kept ones keep their positions.
+    Our reading of paper A's TokenDrop (p_drop = 0.5): dropped tokens leave the sequence, others keep their positions.
     """
     order = jnp.argsort(jax.random.uniform(key, (batch, tokens)), axis=1)
     return jnp.sort(order[:, :kept_count(tokens, drop)], axis=1)

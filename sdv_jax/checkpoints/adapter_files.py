@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from sdv_jax.adapters import lora
-from sdv_jax.checkpoints.families import FAMILIES
+from sdv_jax.checkpoints.families import rules_of
 from sdv_jax.checkpoints.rules.table import Rules
 from sdv_jax.checkpoints.safetensors_io import Output, Tensor, listing, read_header, write_file, write_json
 from sdv_jax.errors import UserError
@@ -94,7 +94,7 @@ def load(model: nnx.Module, path: str | os.PathLike, *, alpha: float | None = No
     """
     file = find_file(path)
     modules, info = _read(file, alpha)
-    family, rules = _rules_of(model)
+    family, rules = rules_of(model)
     if info.family and info.family != family:
         raise UserError(f"{file}: an adapter for the family {info.family!r}; this model is {family!r}")
     layers = dict(lora.linears(model))
@@ -115,7 +115,7 @@ def save(model: nnx.Module, path: str | os.PathLike, *, targets: Sequence[str] =
 
     Files of an earlier adapter in the folder are replaced. Raises UserError if the model has none, or it holds NaN.
     """
-    family, rules = _rules_of(model)
+    family, rules = rules_of(model)
     modules = dict(_of_model(model, rules))
     if not modules:
         raise UserError(f"{path}: the model has no adapter to save")
@@ -310,14 +310,6 @@ def _finite(file: Path, tensor: Tensor) -> np.ndarray:
 
 
 # MARK: between file and model
-
-
-def _rules_of(model: nnx.Module) -> tuple[str, Rules]:
-    for family in FAMILIES:
-        component = family.components["transformer"]
-        if isinstance(model, component.module):
-            return family.name, component.rules(model.config)
-    raise TypeError(f"{type(model).__name__} is not the transformer of a known family")
 
 
 def _fit(file: Path, modules: Mapping[str, _Module], kernels: Mapping[str, tuple[int, ...]],

@@ -29,6 +29,7 @@ SIZES = {
 }  # fmt: skip
 PAPER = ("to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2")
 RANK = 4
+NAMES = cogvideox.transformer(2).to_torch_module_name
 TOQ = "transformer.transformer_blocks.1.attn1.to_q"
 
 
@@ -125,7 +126,7 @@ def changed(path, change):
 def test_targets_hit_the_modules_that_peft_hits(theirs, ours):
     model, _ = peft(theirs)
     hit = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
-    lora.add(ours, lora.LoraConfig(rank=RANK, alpha=RANK, targets=PAPER), rngs=nnx.Rngs(0))
+    lora.add(ours, lora.LoraConfig(rank=RANK, alpha=RANK, targets=PAPER), names=NAMES, rngs=nnx.Rngs(0))
     rules = cogvideox.transformer(2)
     mine = {
         rules.to_torch_module_name(path, index)
@@ -250,7 +251,7 @@ def test_a_file_for_some_blocks_leaves_the_others_and_says_so(base, ours, tmp_pa
 
 
 def test_loading_replaces_what_was_there(written, ours):
-    lora.add(ours, lora.LoraConfig(rank=2, alpha=2, targets=("proj_out",)), rngs=nnx.Rngs(0))
+    lora.add(ours, lora.LoraConfig(rank=2, alpha=2, targets=("proj_out",)), names=NAMES, rngs=nnx.Rngs(0))
     adapter_files.load(ours, written[0])
     assert_close(run_ours(ours), written[1], relative=1e-4)
 
@@ -261,7 +262,7 @@ def test_loading_replaces_what_was_there(written, ours):
 @pytest.fixture
 def trained(ours):
     """Our model with an adapter at alpha = 3/4 rank, A and B at random."""
-    lora.add(ours, lora.LoraConfig(rank=RANK, alpha=0.75 * RANK, targets=PAPER, dropout=0.2), rngs=nnx.Rngs(0))
+    lora.add(ours, lora.LoraConfig(rank=RANK, alpha=0.75 * RANK, targets=PAPER, dropout=0.2), names=NAMES, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(3)
     for _, layer in lora.adapted(ours):
         layer.lora.b.set_value(jnp.asarray(rng.normal(0, 0.3, layer.lora.b.shape), jnp.float32))
