@@ -1,7 +1,7 @@
-"""Where arrays live: an ordered path table gives each parameter its sharding; without a mesh everything here is the identity.
+"""Where arrays live: an ordered path table gives each parameter its sharding; without a mesh this is the identity.
 
-A family's `SHARDING` is a tuple of (pattern, PartitionSpec). Patterns are searched in the dotted parameter path, the first hit
-wins, and a parameter that no row names is an error, so that a new layer cannot silently end up replicated.
+A family's `SHARDING` is a tuple of (pattern, PartitionSpec). Patterns are searched in the dotted parameter path, the
+first hit wins, and a parameter that no row names is an error, so that a new layer cannot silently end up replicated.
 """
 
 import re

@@ -6,11 +6,12 @@ import numpy as np
 from flax import nnx
 
 from sdv_jax.nn.linear import Linear
-from sdv_jax.typing import Array, Float
+from sdv_jax.typing import Array, Float, Int
 
 
-def timestep_sinusoid(timesteps: Float[Array, " b"], width: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Float[Array, "b d"]:
-    """sin and cos of the time step at `width`/2 frequencies from 1 down to 1/10000 (diffusers `get_timestep_embedding`)."""
+def timestep_sinusoid(timesteps: Int[Array, " b"] | Float[Array, " b"], width: int, *, flip_sin_to_cos: bool,
+                      freq_shift: float) -> Float[Array, "b d"]:
+    """sin and cos of the time step at width/2 frequencies from 1 to 1/10000 (diffusers `get_timestep_embedding`)."""
     half = width // 2
     frequencies = jnp.exp(-np.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies
@@ -30,7 +31,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 def sincos_3d(t: np.ndarray, h: np.ndarray, w: np.ndarray, width: int) -> Float[Array, "n d"]:
-    """Absolute embedding of tokens in (t, h, w) order: a quarter of the width for time, then three eighths each for w and h.
+    """Absolute embedding of tokens in (t, h, w) order: a quarter of the width for time, three eighths each for w and h.
 
     The order (width before height) is diffusers' `get_3d_sincos_pos_embed`; checkpoints depend on it.
     """

@@ -1,7 +1,7 @@
 """A linear layer with a slot for a low-rank adapter.
 
-The slot is part of the layer, not a wrapper around it: base parameter paths are the same with and without an adapter, so
-conversion, sharding and checkpoints never need to know whether one is there.
+The slot is part of the layer, not a wrapper around it: base parameter paths are the same with and without an adapter,
+so conversion, sharding and checkpoints never need to know whether one is there.
 """
 
 import jax
@@ -14,12 +14,14 @@ from sdv_jax.typing import Array, Float, Key
 class LoRA(nnx.Module):
     """The low-rank update x A B · scale of one linear layer, or of a stack of them (leading axes of the kernel).
 
-    `key` is empty outside of training. While it holds a key, the input of A is dropped out with rate `dropout`, as PEFT does.
+    `key` is empty outside of training. While it holds a key, the input of A is dropped out with rate `dropout`, as PEFT
+    does.
     """
 
-    def __init__(self, kernel: Float[Array, "*l i o"], *, rank: int, alpha: float, dropout: float = 0.0, rngs: nnx.Rngs):
+    def __init__(self, kernel: Float[Array, "*l i o"], *, rank: int, alpha: float, dropout: float = 0.0,
+                 rngs: nnx.Rngs):
         *lead, fan_in, fan_out = kernel.shape
-        # PEFT's start: A uniform in ±1/sqrt(fan_in) (Kaiming with a = sqrt 5), B zero, so that the adapter begins as the identity.
+        # PEFT's start: A uniform in ±1/sqrt(fan_in) (Kaiming with a = sqrt 5), B zero: nothing changes at first.
         bound = fan_in**-0.5
         self.a = nnx.LoRAParam(jax.random.uniform(rngs.params(), (*lead, fan_in, rank), jnp.float32, -bound, bound))
         self.b = nnx.LoRAParam(jnp.zeros((*lead, rank, fan_out), jnp.float32))

@@ -12,9 +12,9 @@ from sdv_jax.typing import Array, Float
 class AdaLayerNormZero(nnx.Module):
     """One linear makes (shift, scale, gate) for video tokens and (shift, scale, gate) for text tokens.
 
-    Source: diffusers `CogVideoXLayerNormZero`. Reference tokens use the video's three chunks. An adapter on the linear acts on
-    every stream when `adaln_lora` is "all" (what paper A's released runs did) and on the reference stream only when it is
-    "reference" (what its code meant).
+    Source: diffusers `CogVideoXLayerNormZero`. Reference tokens use the video's three chunks. An adapter on the linear
+    acts on every stream when `adaln_lora` is "all" (what paper A's released runs did) and on the reference stream only
+    when it is "reference" (what its code meant).
     """
 
     def __init__(self, time_width: int, width: int, *, eps: float, affine: bool, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -31,7 +31,7 @@ class AdaLayerNormZero(nnx.Module):
         if alone:
             modulation.insert(1, tuple(_chunks(self.linear(time), 6)[:3]))
         parts = split_segments(self.norm(x), lengths, len(modulation))
-        out = [part * (1 + scale) + shift for part, (shift, scale, _) in zip(parts, modulation)]
+        out = [part * (1 + scale) + shift for part, (shift, scale, _) in zip(parts, modulation, strict=True)]
         return jnp.concatenate(out, 1), [gate for _, _, gate in modulation]
 
 
@@ -39,7 +39,7 @@ def gated(x: Float[Array, "b n d"], update: Float[Array, "b n d"], gates: list[F
           lengths: tuple[int, int]) -> Float[Array, "b n d"]:
     """x + gate · update, segment by segment."""
     parts = split_segments(update, lengths, len(gates))
-    return x + jnp.concatenate([part * gate for part, gate in zip(parts, gates)], 1)
+    return x + jnp.concatenate([part * gate for part, gate in zip(parts, gates, strict=True)], 1)
 
 
 def split_segments(x: Float[Array, "b n d"], lengths: tuple[int, int], segments: int) -> list[Array]:

@@ -1,7 +1,8 @@
 """A stack of equal blocks: one module whose parameters carry a leading layer axis, run by one `lax.scan`.
 
-Compile time and program size do not grow with depth. Under a mesh the layer's weights are gathered here, inside the scan body,
-and nowhere else: that is all of FSDP, because the transpose of the gather is the reduce-scatter of the gradients.
+Compile time and program size do not grow with depth. Under a mesh the layer's weights are gathered here, inside the
+scan body, and nowhere else: that is all of FSDP, because the transpose of the gather is the reduce-scatter of the
+gradients.
 """
 
 from collections.abc import Callable
@@ -21,8 +22,8 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, *, rngs: nnx.Rngs)
 def scan_blocks(blocks: nnx.Module, x, apply: Callable):
     """Feeds the carry `x` (any pytree) through the blocks in order: x = apply(block, x) for each.
 
-    A block's activations are recomputed in the backward pass, so that training keeps one carry per layer. (Keeping them was
-    slower even for a 3 M-parameter model on a CPU, where writing them costs more than computing them again.)
+    A block's activations are recomputed in the backward pass, so that training keeps one carry per layer. (Keeping them
+    was slower even for a 3 M-parameter model on a CPU, where writing them costs more than computing them again.)
     """
 
     def body(x, block):

@@ -1,6 +1,7 @@
 """The CogVideoX family: causal 3-D VAE, T5 text encoder, diffusion transformer.
 
-The contract of a family: `VARIANTS` (name -> config), `build` (config -> transformer), `SHARDING` (path table), `LORA_TARGETS`.
+The contract of a family: `VARIANTS` (name -> config), `build` (config -> transformer), `SHARDING` (path table) and
+`LORA_TARGETS`.
 """
 
 import dataclasses
@@ -10,31 +11,31 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sdv_jax.models.cogvideox.transformer import Transformer, TransformerConfig
-from sdv_jax.models.cogvideox.vae import VAE, VAEConfig
-from sdv_jax.models.text.t5 import T5Config, T5Encoder
+from sdv_jax.models.cogvideox.vae import VAEConfig
+from sdv_jax.models.text.t5 import T5Config
 
 
 @dataclasses.dataclass(frozen=True)
 class CogVideoXConfig:
-    """The sizes of one checkpoint. Solver settings are data of the checkpoint, not of the architecture, and live beside it."""
+    """The sizes of one checkpoint. Solver settings are not of the architecture: they are data that lies beside it."""
 
     transformer: TransformerConfig
     vae: VAEConfig
     text_encoder: T5Config
 
 
-COMPONENTS = {"transformer": (TransformerConfig, Transformer), "vae": (VAEConfig, VAE), "text_encoder": (T5Config, T5Encoder)}
-
 _T5_XXL = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
 
+_2B = TransformerConfig(num_attention_heads=30, num_layers=30)
+_5B = TransformerConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
+
 VARIANTS = {
-    "CogVideoX-2b": CogVideoXConfig(TransformerConfig(num_attention_heads=30, num_layers=30), VAEConfig(scaling_factor=1.15258426), _T5_XXL),
-    "CogVideoX-5b": CogVideoXConfig(
-        TransformerConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True), VAEConfig(scaling_factor=0.7), _T5_XXL),
+    "CogVideoX-2b": CogVideoXConfig(_2B, VAEConfig(scaling_factor=1.15258426), _T5_XXL),
+    "CogVideoX-5b": CogVideoXConfig(_5B, VAEConfig(scaling_factor=0.7), _T5_XXL),
 }
 
-# Paper A's list, in PEFT's sense: a module is hit when its name in the diffusers checkpoint equals an entry or ends in "." + entry,
-# so that "proj" hits patch_embed.proj and every ff.net.0.proj too.
+# Paper A's list, in PEFT's sense: a module is hit when its name in the diffusers checkpoint equals an entry or ends in
+# "." + entry, so that "proj" hits patch_embed.proj and every ff.net.0.proj too.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2")
 
 # FSDP: each block matrix is cut along its input axis; vectors and the small matrices outside the blocks are replicated.

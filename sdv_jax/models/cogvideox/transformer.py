@@ -1,11 +1,10 @@
-"""The CogVideoX diffusion transformer (versions 1.0: 2B with sin-cos positions, 5B with rotary ones), with reference images as tokens.
+"""The CogVideoX 1.0 diffusion transformer (2B: sin-cos positions, 5B: rotary ones), with reference images as tokens.
 
-Every token attends to every token in the order [text | reference | video]. A reference image is no new module: its latent goes
-through the video's patch embedding and stands on the time axis before the clip (paper A, section on architecture).
+Every token attends to every token in the order [text | reference | video]. A reference image is no new module: its
+latent goes through the video's patch embedding and stands on the time axis before the clip (paper A's architecture).
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,10 @@ from sdv_jax.typing import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Keys and defaults of diffusers' `CogVideoXTransformer3DModel`; sizes are in latent pixels, `sample_frames` in pixel frames."""
+    """Keys and defaults of diffusers' `CogVideoXTransformer3DModel`; sizes in latent pixels, `sample_frames` in frames.
+
+    Raises `UserError` for values that CogVideoX 1.0 text-to-video does not have.
+    """
 
     num_attention_heads: int = 30
     attention_head_dim: int = 64
@@ -58,11 +60,21 @@ class TransformerConfig:
     patch_bias: bool = True
 
     def __post_init__(self):
-        only = {"ofs_embed_dim": None, "patch_size_t": None, "activation_fn": "gelu-approximate", "timestep_activation_fn": "silu",
-                "use_learned_positional_embeddings": False, "dropout": 0.0}
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "freq_shift" else 1
+            if field.type is int and (not isinstance(value, int) or value < least):
+                raise UserError(f"transformer config: {field.name} = {value!r}; expected a whole number >= {least}")
+        only = {"ofs_embed_dim": None, "patch_size_t": None, "activation_fn": "gelu-approximate",
+                "timestep_activation_fn": "silu", "use_learned_positional_embeddings": False, "dropout": 0.0}
         for key, value in only.items():
             if getattr(self, key) != value:
-                raise UserError(f"transformer config: {key} = {getattr(self, key)!r} is not supported, expected {value!r} (CogVideoX 1.0 text-to-video)")
+                raise UserError(f"transformer config: {key} = {getattr(self, key)!r} is not supported, "
+                                f"expected {value!r} (CogVideoX 1.0 text-to-video)")
+        rotary = self.use_rotary_positional_embeddings
+        if (self.attention_head_dim if rotary else self.width) % 16:
+            found = f"attention_head_dim = {self.attention_head_dim}, num_attention_heads = {self.num_attention_heads}"
+            wanted = f"{'attention_head_dim' if rotary else 'their product'} to be a multiple of 16"
+            raise UserError(f"transformer config: {found}; expected {wanted}, for the position embedding")
 
     @property
     def width(self) -> int:
@@ -80,7 +92,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         c = self.config = config
-        norm = dict(eps=c.norm_eps, affine=c.norm_elementwise_affine, dtype=dtype)
+        norm = {"eps": c.norm_eps, "affine": c.norm_elementwise_affine, "dtype": dtype}
         self.patch_embed = PatchEmbed(c, dtype=dtype, rngs=rngs)
         self.time_embedding = TimestepEmbedding(c.width, c.time_embed_dim, dtype=dtype, rngs=rngs)
         self.blocks = stack(lambda rngs: Block(c, dtype=dtype, rngs=rngs), c.num_layers, rngs=rngs)
@@ -88,14 +100,16 @@ class Transformer(nnx.Module):
         self.norm_out = AdaLayerNormOut(c.time_embed_dim, c.width, **norm, rngs=rngs)
         self.proj_out = Linear(c.width, c.patch_size**2 * c.out_channels, dtype=dtype, rngs=rngs)
 
-    def __call__(self, latents: Float[Array, "b t h w c"], text: Float[Array, "b s e"], timesteps: Int[Array, " b"], *,
+    def __call__(self, latents: Float[Array, "b t h w c"], text: Float[Array, "b s e"],
+                 timesteps: Int[Array, " b"] | Float[Array, " b"], *,
                  reference: Float[Array, "b k h w c"] | None = None, reference_index: Int[Array, "b r"] | None = None,
-                 adaln_lora: str = "all") -> Float[Array, "b t h w c"]:
-        """Raw prediction (v) for `latents`, in their dtype.
+                 adaln_lora: str = "all") -> Float[Array, "b t h w o"]:
+        """Raw prediction (v) for `latents`, in their dtype; o = out_channels, which is c for every published model.
 
-        `reference` holds k clean reference latents per example; they take frames 0..k-1 of the time axis and the clip the
-        frames from k on. `reference_index` keeps only those of the k·h·w reference tokens (after patching), each with its own
-        position: token drop. `adaln_lora` says which streams an adapter of the adaLN linears acts on, "all" or "reference".
+        `reference` holds k clean reference latents per example; they take frames 0..k-1 of the time axis and the clip
+        the frames from k on. `reference_index` keeps only those of the k·h·w reference tokens (after patching), each
+        with its own position: token drop. `adaln_lora` says which streams an adapter of the adaLN linears acts on,
+        "all" or "reference".
         """
         c, p = self.config, self.config.patch_size
         frames, height, width = latents.shape[1], latents.shape[2] // p, latents.shape[3] // p
@@ -113,7 +127,7 @@ class Transformer(nnx.Module):
         lengths = (words.shape[1], pixels.shape[1] - frames * height * width)
 
         if c.use_rotary_positional_embeddings:
-            table = tuple(_before(part, lengths[0], value) for part, value in zip(table, (1.0, 0.0)))
+            table = tuple(_before(part, lengths[0], value) for part, value in zip(table, (1.0, 0.0), strict=True))
         else:
             x = x + _before(table, lengths[0], 0.0).astype(dtype)
             table = None
@@ -132,7 +146,8 @@ class PatchEmbed(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, dtype, rngs: nnx.Rngs):
         self.patch_size = config.patch_size
-        self.proj = Linear(config.patch_size**2 * config.in_channels, config.width, bias=config.patch_bias, dtype=dtype, rngs=rngs)
+        patch = config.patch_size**2 * config.in_channels
+        self.proj = Linear(patch, config.width, bias=config.patch_bias, dtype=dtype, rngs=rngs)
         self.text_proj = Linear(config.text_embed_dim, config.width, dtype=dtype, rngs=rngs)
 
     def pixels(self, latents: Float[Array, "b t h w c"]) -> Float[Array, "b n d"]:
@@ -149,14 +164,14 @@ class Block(nnx.Module):
     """Joint attention, then a feed-forward layer, each behind an adaLN-zero."""
 
     def __init__(self, config: TransformerConfig, *, dtype, rngs: nnx.Rngs):
-        norm = dict(eps=config.norm_eps, affine=config.norm_elementwise_affine, dtype=dtype, rngs=rngs)
+        norm = {"eps": config.norm_eps, "affine": config.norm_elementwise_affine, "dtype": dtype, "rngs": rngs}
         self.norm1 = AdaLayerNormZero(config.time_embed_dim, config.width, **norm)
         self.attn1 = SelfAttention(config, dtype=dtype, rngs=rngs)
         self.norm2 = AdaLayerNormZero(config.time_embed_dim, config.width, **norm)
         self.ff = FeedForward(config.width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b n d"], time: Float[Array, "b e"], table: rope.Table | None, *, lengths: tuple[int, int],
-                 adaln_lora: str) -> Float[Array, "b n d"]:
+    def __call__(self, x: Float[Array, "b n d"], time: Float[Array, "b e"], table: rope.Table | None, *,
+                 lengths: tuple[int, int], adaln_lora: str) -> Float[Array, "b n d"]:
         y, gates = self.norm1(x, time, lengths=lengths, adaln_lora=adaln_lora)
         x = gated(x, self.attn1(y, table), gates, lengths=lengths)
         y, gates = self.norm2(x, time, lengths=lengths, adaln_lora=adaln_lora)
@@ -177,7 +192,8 @@ class SelfAttention(nnx.Module):
         self.to_out = Linear(d, d, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"], table: rope.Table | None) -> Float[Array, "b n d"]:
-        q, k, v = (rearrange(layer(x), "b n (heads k) -> b n heads k", k=self.head_dim) for layer in (self.to_q, self.to_k, self.to_v))
+        projections = (self.to_q, self.to_k, self.to_v)
+        q, k, v = (rearrange(layer(x), "b n (heads k) -> b n heads k", k=self.head_dim) for layer in projections)
         q, k = self.norm_q(q), self.norm_k(k)
         if table is not None:
             q, k = rope.rotate(q, table), rope.rotate(k, table)
@@ -199,10 +215,10 @@ class FeedForward(nnx.Module):
 
 
 def positions(config: TransformerConfig, frames: int, height: int, width: int):
-    """Positions of frames × height × width tokens: a rotary table (cos, sin), or absolute embeddings [n, d] where the model has those.
+    """Positions of frames × height × width tokens: a rotary table (cos, sin), or absolute embeddings [n, d].
 
-    Rotary: a grid of another size than the trained one is stretched over the trained extent, centred and keeping its aspect
-    ratio, as diffusers' CogVideoX pipeline does. Sin-cos: positions are divided by the interpolation scales.
+    Rotary: a grid of another size than the trained one is stretched over the trained extent, centred and keeping its
+    aspect ratio, as diffusers' CogVideoX pipeline does. Sin-cos: positions are divided by the interpolation scales.
     """
     if config.use_rotary_positional_embeddings:
         trained = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
@@ -212,7 +228,8 @@ def positions(config: TransformerConfig, frames: int, height: int, width: int):
         return rope.table_3d(np.arange(frames, dtype=np.float32), grid_h, grid_w, config.attention_head_dim)
     scale = np.float32(config.spatial_interpolation_scale)
     t = np.arange(frames, dtype=np.float32) / np.float32(config.temporal_interpolation_scale)
-    return sincos_3d(t, np.arange(height, dtype=np.float32) / scale, np.arange(width, dtype=np.float32) / scale, config.width)
+    h, w = (np.arange(size, dtype=np.float32) / scale for size in (height, width))
+    return sincos_3d(t, h, w, config.width)
 
 
 def _linspace(start: int, stop: int, count: int) -> np.ndarray:
@@ -226,7 +243,7 @@ def _crop_region(grid: tuple[int, int], trained: tuple[int, int]) -> tuple[tuple
         size = trained_h, int(round(trained_h / h * w))
     else:
         size = int(round(trained_w / w * h)), trained_w
-    top, left = (int(round((outer - inner) / 2.0)) for outer, inner in zip(trained, size))
+    top, left = (int(round((outer - inner) / 2.0)) for outer, inner in zip(trained, size, strict=True))
     return (top, left), (top + size[0], left + size[1])
 
 
@@ -243,12 +260,7 @@ def _keep_tokens(pixels: Float[Array, "b n d"], table, index: Int[Array, "b r"],
 
     def keep(x):
         x = jnp.broadcast_to(x, (batch, *x.shape[-2:]))
-        return jnp.concatenate([jnp.take_along_axis(x[:, :references], index[..., None], axis=1), x[:, references:]], axis=1)
+        kept = jnp.take_along_axis(x[:, :references], index[..., None], axis=1)
+        return jnp.concatenate([kept, x[:, references:]], axis=1)
 
     return keep(pixels), jax.tree.map(keep, table)
-
-
-def parameter_count(config: TransformerConfig) -> int:
-    """Parameters of a transformer of this size, counted without building it."""
-    state = nnx.eval_shape(lambda: nnx.state(Transformer(config, rngs=nnx.Rngs(0)), nnx.Param))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
