@@ -11,9 +11,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     config.model = model = ConfigDict()
-    model.path = (
-        ""  # folder of the base model (converted or diffusers); empty = random weights from the three tables below
-    )
+    model.path = ""  # folder of the base model (converted or diffusers); empty = random weights of the sizes below
     model.dtype = "float32"  # dtype of the frozen base weights: float32 | bfloat16
     model.transformer = ConfigDict(convert_dict=False)  # without model.path: the keys of transformer/config.json
     model.text_encoder = ConfigDict(convert_dict=False)  # without model.path: the keys of text_encoder/config.json
@@ -46,9 +44,7 @@ def get_config() -> ConfigDict:
 
     config.identity = identity = ConfigDict()
     identity.batch_size = 32  # pairs per identity step (paper A: 256 in the text, 32 in the supplement)
-    identity.view_drop = (
-        0.5  # probability that the reference is absent in an identity step (paper A; whole reference: our choice)
-    )
+    identity.view_drop = 0.5  # probability of an identity step without its reference (paper A; all of it: our choice)
 
     config.motion = motion = ConfigDict()
     motion.batch_size = 32  # clips per motion step (paper A)
@@ -60,9 +56,7 @@ def get_config() -> ConfigDict:
     text_to_video.image_weight = 0.2  # share of the still images in the loss
 
     config.text = text = ConfigDict()
-    text.dropout = (
-        0.1  # probability that an example's caption is replaced by the empty prompt (not in paper A: our choice)
-    )
+    text.dropout = 0.1  # probability of the empty prompt in place of a caption (not in paper A: our choice)
     text.train_encoder = False  # train the text encoder with the transformer (mode full, data with token ids)
 
     config.noise = noise = ConfigDict()
@@ -77,9 +71,7 @@ def get_config() -> ConfigDict:
     lora.targets = (  # paper A: PEFT suffixes; "proj" also matches patch_embed.proj and ff.net.0.proj
         "to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2",
     )  # fmt: skip
-    lora.adaln = (
-        "all"  # streams on which the adapter of the adaLN linears acts: all (the released runs) | reference (as meant)
-    )
+    lora.adaln = "all"  # streams that the adaLN adapter acts on: all (the released runs) | reference (as they meant)
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adamw"  # adamw (paper A) | muon (block matrices by Muon, the rest by Adam)

@@ -102,7 +102,9 @@ def load(folder: str | Path) -> LatentDataset:
         if found != about["shapes"]:
             raise UserError(f"prepared data {folder}: arrays have shapes {found}, dataset.json says {about['shapes']}")
         return LatentDataset(**arrays, captions=tuple(about["captions"]), scaling_factor=about["scaling_factor"])
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, ValueError, EOFError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"prepared data {folder}: unreadable ({error}); prepare it again") from error
 
 

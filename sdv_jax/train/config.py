@@ -240,9 +240,10 @@ def _override(tree: dict, key: str, new: Any) -> None:
     in_table = len(parents) > 1  # such as model.transformer.num_layers, whose keys the model checks
     if not isinstance(node, dict) or (name not in node and not in_table) or isinstance(node.get(name), dict):
         raise _unknown(key, _leaves(tree))
-    node[name] = _parse(key, new, node[name]) if name in node and isinstance(new, str) else new
-    if in_table and name not in node:
-        node[name] = _literal(new)
+    if not isinstance(new, str):
+        node[name] = new
+    else:
+        node[name] = _parse(key, new, node[name]) if name in node else _literal(new)
 
 
 def _parse(key: str, text: str, current: Any) -> Any:
@@ -255,9 +256,9 @@ def _parse(key: str, text: str, current: Any) -> Any:
     return _literal(text)
 
 
-def _literal(text: Any) -> Any:
+def _literal(text: str) -> Any:
     try:
-        return ast.literal_eval(text) if isinstance(text, str) else text
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
 
