@@ -36,24 +36,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
         options.run(options)
     except UserError as error:
-        return _fail(str(error), 2)
+        return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        print("sdv: interrupted", file=sys.stderr)
+        return 130
     except OSError as error:  # a disk or a permission; what the library expects of files it tells as UserError
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
             raise
-        return _fail("out of memory; try a smaller --height, --width or --num-frames, --tiling, or --dtype bfloat16", 2)
+        return _fail("out of memory; try a smaller video or batch, --tiling, or bfloat16")
     finally:
         logger.removeHandler(notes)
         logger.propagate = True
     return 0
 
 
-def _fail(message: str, status: int) -> int:
+def _fail(message: str) -> int:
     print(f"sdv: error: {' '.join(message.split())}", file=sys.stderr)
-    return status
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:

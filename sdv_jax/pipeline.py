@@ -5,6 +5,9 @@
 
 Scales. The VAE's own latents come out of `encode` and go into `decode`. Everything the transformer sees (`latents`,
 `reference_latents`, `denoise`) is multiplied by the VAE's `scaling_factor`; `pipe.scaling_factor` is that number.
+
+What users call checks its arguments itself and tells a mistake as a UserError, hence `no_type_check`: the shape checker
+of the tests would be first.
 """
 
 import dataclasses
@@ -12,6 +15,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +84,7 @@ class Pipeline:
         self._mesh, self._adaln_lora = mesh, adaln_lora
         self._transformer, self._vae, self._text_encoder = map(nnx.split, (transformer, vae, text_encoder))
 
+    @no_type_check
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -153,6 +158,7 @@ class Pipeline:
         self.seconds = bars.seconds
         return np.asarray(result, np.float32)
 
+    @no_type_check
     def denoise(
         self,
         latents: Float[Array, "b t h w c"],
@@ -189,6 +195,7 @@ class Pipeline:
                 progress=Progress(shown=False),
             )
 
+    @no_type_check
     def encode(self, video: Float[Array, "b t h w 3"], *, tiling: bool = False) -> tuple[Array, Array]:
         """(mean, logvar) of the VAE's posterior, each [b, t', h', w', c], before scaling. `video` is in [-1, 1].
 
@@ -199,6 +206,7 @@ class Pipeline:
         with self._on_mesh():
             return self._encode(self._put(video), tiling=tiling, bars=Progress(shown=False))
 
+    @no_type_check
     def decode(self, latents: Float[Array, "b t h w c"], *, tiling: bool = False) -> Float[Array, "b t h w 3"]:
         """Video in [-1, 1] (not clipped) from latents in the VAE's scale, as the mean that `encode` returns.
 
@@ -208,6 +216,7 @@ class Pipeline:
         with self._on_mesh():
             return self._decode(self._put(latents), tiling=tiling, bars=Progress(shown=False))
 
+    @no_type_check
     def encode_prompt(self, prompts: Sequence[str]) -> Float[Array, "b s d"]:
         """Text embeddings, padded to the model's text length; padding is attended to, as CogVideoX was trained."""
         with self._on_mesh():
@@ -318,6 +327,7 @@ class Pipeline:
 # MARK: loading
 
 
+@no_type_check
 def load_pipeline(
     path: str | os.PathLike,
     adapter: str | os.PathLike | None = None,

@@ -83,7 +83,7 @@ def _models(folder: pathlib.Path) -> None:
     cut = copy("cut_weights") / "transformer" / weights
     cut.write_bytes(cut.read_bytes()[:-1000])
     (copy("no_weights") / "vae" / weights).unlink()
-    (copy("broken_json") / "transformer" / "config.json").write_text('{"num_layers": 2,')
+    (copy("broken_json") / "transformer" / "config.json").write_text("not json")
     shutil.rmtree(copy("no_tokenizer") / "tokenizer")
     holes = copy("nan_weights") / "vae" / weights
     content = bytearray(holes.read_bytes())

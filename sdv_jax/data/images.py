@@ -99,10 +99,8 @@ def _guarded(read, name: str) -> np.ndarray:
     except PermissionError as error:
         raise UserError(f"{name} cannot be opened: no permission to read it") from error
     except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
-        # Pillow reports damage with whatever its decoder raised; the first line says what it was.
-        raise UserError(
-            f"{name} is damaged and cannot be read ({str(error).splitlines()[0]}); replace the file"
-        ) from error
+        # Pillow reports damage with whatever its decoder raised, in words that change with its version.
+        raise UserError(f"{name} is damaged and cannot be read; replace the file") from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

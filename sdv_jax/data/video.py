@@ -18,19 +18,19 @@ from sdv_jax.errors import UserError
 _BT709 = 1  # the code of ITU-R BT.709 for primaries and transfer in ISO/IEC 23091-2, as the mp4 header stores it
 
 
-def to_uint8(video: Float[np.ndarray, "*b t h w 3"]) -> UInt8[np.ndarray, "*b t h w 3"]:
-    """Frames in [0, 1] to bytes, rounded; values outside are clipped."""
-    return np.round(np.clip(video, 0, 1) * 255).astype(np.uint8)
+def to_uint8(pixels: Float[np.ndarray, "*any"]) -> UInt8[np.ndarray, "*any"]:
+    """Pixels in [0, 1] to bytes, rounded; values outside are clipped."""
+    return np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
 
 
-def check_fps(fps: float) -> None:
+def check_fps(fps: float | int) -> None:
     """Raises UserError unless `fps` is a frame rate that an mp4 can hold."""
     if not (math.isfinite(fps) and 0 < fps <= 1000):
         raise UserError(f"fps is {fps}; expected a number above 0 and at most 1000")
 
 
 def write_video(
-    path: str | os.PathLike, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float, quality: int = 17
+    path: str | os.PathLike, frames: UInt8[np.ndarray, "t h w 3"], *, fps: float | int, quality: int = 17
 ) -> None:
     """An mp4 of H.264, yuv420p, BT.709: what browsers, phones and editors play.
 
