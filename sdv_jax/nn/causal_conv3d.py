@@ -1,16 +1,18 @@
 """Convolutions over videos [b, t, h, w, c]: causal in time, per frame, and per pixel.
 
-All of them are one 2-D convolution or one matrix product. XLA:CPU runs 3-D convolutions, and their gradients even more so,
-several times slower than the same arithmetic as 2-D ones (measured forward/gradient at 16 channels, 8 clips of 9x32x32:
-62/191 ms as 3-D, 10/58 ms as a sum over time taps, 12/73 ms as below; with 3 input channels 60/177, 9/45 and 4/14 ms), and
-XLA:GPU keeps bfloat16 2-D convolutions channels-last on the tensor cores while it transposes 3-D ones.
+All of them are one 2-D convolution or one matrix product. XLA:CPU runs 3-D convolutions and their gradients several
+times slower than the same arithmetic as 2-D ones (forward/gradient at 16 channels, 8 clips 9x32x32: 62/191 ms in 3-D,
+10/58 ms as a sum over time taps, 12/73 ms as below; with 3 input channels 60/177, 9/45 and 4/14 ms). Gathering the taps
+also keeps the whole sum in one accumulator, where a sum over taps would round bfloat16 three times.
 """
 
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
 from sdv_jax.typing import Array, Float
 
 # Largest input of one convolution, in elements. cuDNN indexes with 32 bits, and the gathered time taps are kt times the
@@ -38,8 +40,8 @@ class CausalConv3d(nnx.Module):
 
         Args:
           x: the video, or the next piece of it.
-          cache: the kt-1 frames before x, as returned for the piece before; None at the start of a video, where the first
-            frame is repeated.
+          cache: the kt-1 frames before x, as returned for the piece before; None at the start of a video, where the
+            first frame is repeated.
         """
         kt, kh, kw, fan_in, fan_out = self.kernel.shape
         before = jnp.repeat(x[:, :1], kt - 1, axis=1) if cache is None else cache
@@ -56,7 +58,8 @@ class CausalConv3d(nnx.Module):
 class FrameConv(nnx.Module):
     """A 2-D convolution of every frame.
 
-    Source: `torch.nn.Conv2d`. Parameters: `kernel` [kh, kw, in, out], `bias` [out]. `padding` is ((top, bottom), (left, right)).
+    Source: `torch.nn.Conv2d`. Parameters: `kernel` [3, 3, in, out], `bias` [out]. `padding` is
+    ((top, bottom), (left, right)).
     """
 
     def __init__(self, fan_in: int, fan_out: int, *, stride: int, padding, dtype=jnp.float32, rngs: nnx.Rngs):
@@ -89,7 +92,7 @@ def _frame_groups(shape: tuple[int, ...], taps: int) -> list[tuple[int, int]]:
     frames = shape[1]
     groups = min(frames, max(1, math.ceil(math.prod(shape) * taps / MAX_CONV_ELEMENTS)))
     bounds = [frames * i // groups for i in range(groups + 1)]
-    return list(zip(bounds[:-1], bounds[1:]))
+    return list(itertools.pairwise(bounds))
 
 
 def _conv_frames(x: Array, kernel: Array, bias: Array, *, padding, stride: int = 1) -> Array:

@@ -1,4 +1,4 @@
-"""diffusers' CogVideoX VAE with random weights, and the same weights in ours, mapped by name without the package's converter."""
+"""diffusers' CogVideoX VAE with random weights, and ours with the same ones, mapped by name without the converter."""
 
 import re
 

@@ -1,8 +1,8 @@
 """The causal 3-D VAE of CogVideoX (arXiv:2408.06072, section 2.1), channels-last.
 
-A video is encoded 8 frames and decoded 2 latent frames at a time, the remainder joined to the first batch. That is part of the
-model's definition, not an optimisation: group norms see one batch of frames, and only causal convolutions look back beyond it.
-Source: diffusers' `AutoencoderKLCogVideoX`.
+A video is encoded 8 frames and decoded 2 latent frames at a time, the remainder joined to the first batch. That is part
+of the model's definition, not an optimisation: group norms see one batch of frames, and only causal convolutions look
+back beyond it. Source: diffusers' `AutoencoderKLCogVideoX`.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from sdv_jax.typing import Array, Float
 
 from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox.vae_blocks import ACTIVATIONS, Decoder, Encoder
 from sdv_jax.models.cogvideox.vae_tiling import Tiling, run_tiled
 from sdv_jax.nn.causal_conv3d import PointConv
+from sdv_jax.typing import Array, Float
 
 __all__ = ["VAE", "Tiling", "VAEConfig"]
 
@@ -30,8 +30,8 @@ _LOGVAR_RANGE = (-30.0, 20.0)
 class VAEConfig:
     """The keys of a CogVideoX `vae/config.json`, with diffusers' defaults.
 
-    The scaling and shift of latents, `force_upcast` and `invert_scale_latents` are for whoever calls the VAE; sample_height and
-    sample_width give the default tiles.
+    The scaling and shift of latents, `force_upcast` and `invert_scale_latents` are for whoever calls the VAE;
+    sample_height and sample_width give the default tiles.
 
     Raises:
       UserError: for a combination of values that no model can have.
@@ -101,12 +101,12 @@ class VAE(nnx.Module):
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
-        self.encoder = Encoder(config, dtype=dtype, rngs=rngs)
-        self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
-        moments = 2 * config.latent_channels
-        self.quant_conv = PointConv(moments, moments, dtype=dtype, rngs=rngs) if config.use_quant_conv else None
-        latents = config.latent_channels
-        self.post_quant_conv = PointConv(latents, latents, dtype=dtype, rngs=rngs) if config.use_post_quant_conv else None
+        kwargs = {"dtype": dtype, "rngs": rngs}
+        latents, moments = config.latent_channels, 2 * config.latent_channels
+        self.encoder = Encoder(config, **kwargs)
+        self.decoder = Decoder(config, **kwargs)
+        self.quant_conv = PointConv(moments, moments, **kwargs) if config.use_quant_conv else None
+        self.post_quant_conv = PointConv(latents, latents, **kwargs) if config.use_post_quant_conv else None
 
     def encode(
         self, video: Float[Array, "b t h w c"], *, tiling: Tiling | None = None
@@ -118,7 +118,7 @@ class VAE(nnx.Module):
           tiling: encode in tiles when the video is larger than one; None never does.
 
         Raises:
-          UserError: for a wrong number of channels or a video smaller than one latent.
+          UserError: for a wrong number of channels, or a video, or a tile at its edge, smaller than one latent.
         """
         scale = self.config.spatial_compression
         _check("video", video, self.config.in_channels, minimum=scale)
@@ -126,7 +126,9 @@ class VAE(nnx.Module):
             moments = self._encode(video)
         else:
             tile, out_tile = tiling.sample_tile, tiling.latent_tile(scale)
-            moments = run_tiled(self._encode, video, tile=tile, out_tile=out_tile, overlap=tiling.overlap)
+            moments = run_tiled(
+                self._encode, video, tile=tile, out_tile=out_tile, overlap=tiling.overlap, smallest=scale
+            )
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, *_LOGVAR_RANGE)
 
@@ -140,7 +142,7 @@ class VAE(nnx.Module):
         if tiling is None or _fits(latents, tiling.latent_tile(self.config.spatial_compression)):
             return self._decode(latents)
         tile, out_tile = tiling.latent_tile(self.config.spatial_compression), tiling.sample_tile
-        return run_tiled(self._decode, latents, tile=tile, out_tile=out_tile, overlap=tiling.overlap)
+        return run_tiled(self._decode, latents, tile=tile, out_tile=out_tile, overlap=tiling.overlap, smallest=1)
 
     def _encode(self, video: Array) -> Array:
         moments = _over_frames(self.encoder, video, SAMPLE_FRAMES)
@@ -153,9 +155,9 @@ class VAE(nnx.Module):
 
 
 def _over_frames(step: Callable, x: Array, size: int) -> Array:
-    """Runs `step(frames, cache) -> (output, cache)` over batches of `size` frames; the first one also takes the remainder.
+    """Runs `step(frames, cache) -> (output, cache)` over batches of `size` frames; the remainder joins the first one.
 
-    The equal batches after the first are one scan, so that a program does not grow with the length of the video.
+    The equal batches after it are one scan, so that a program does not grow with the length of the video.
     """
     batches = max(x.shape[1] // size, 1)
     first = x.shape[1] - (batches - 1) * size

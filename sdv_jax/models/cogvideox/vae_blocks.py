@@ -1,19 +1,20 @@
 """The encoder and decoder of the CogVideoX VAE, as they see one batch of frames.
 
-Every call takes `cache`, what the causal convolutions keep from the frames before (None at the start of a video), and returns
-the new one beside its output: nested tuples in the order in which the convolutions run. Source: diffusers'
+Every call takes `cache`, what the causal convolutions keep from the frames before (None at the start of a video), and
+returns the new one beside its output: nested tuples in the order in which the convolutions run. Source: diffusers'
 `autoencoder_kl_cogvideox.py`, `CogVideoXDownsample3D`, `CogVideoXUpsample3D`.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from sdv_jax.typing import Array, Float
 
 from sdv_jax.nn.causal_conv3d import CausalConv3d, FrameConv, PointConv
 from sdv_jax.nn.group_norm import GroupNorm
+from sdv_jax.typing import Array, Float
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -29,7 +30,7 @@ _FIXED_EPS = 1e-6
 def repeat_nearest(z: Float[Array, "b s i j c"], shape: tuple[int, int, int]) -> Float[Array, "b t h w c"]:
     """Nearest-neighbour enlargement to `shape` (t, h, w), multiples of z's.
 
-    When t is odd and above one the first frame is the lone first frame of a video: it stays single, the others are repeated.
+    When t is odd and above one the first frame is the lone first frame of a video: it stays single, the others repeat.
     """
     t, h, w = shape
     if t % 2 and t > 1:
@@ -55,15 +56,16 @@ class SpatialNorm(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """norm, act, causal conv, twice, plus the input (`CogVideoXResnetBlock3D`); `latents` selects the decoder's norms."""
+    """Norm, act, causal conv, twice; plus the input (`CogVideoXResnetBlock3D`). `latents`: the decoder's norms."""
 
     def __init__(self, config, fan_in: int, fan_out: int, *, latents: bool, dtype, rngs: nnx.Rngs):
         self.act_fn = config.act_fn
 
         def norm(channels):
+            groups = config.norm_num_groups
             if latents:
-                return SpatialNorm(channels, config.latent_channels, groups=config.norm_num_groups, dtype=dtype, rngs=rngs)
-            return GroupNorm(channels, groups=config.norm_num_groups, eps=config.norm_eps, dtype=dtype)
+                return SpatialNorm(channels, config.latent_channels, groups=groups, dtype=dtype, rngs=rngs)
+            return GroupNorm(channels, groups=groups, eps=config.norm_eps, dtype=dtype)
 
         self.norm1 = norm(fan_in)
         self.conv1 = CausalConv3d(fan_in, fan_out, dtype=dtype, rngs=rngs)
@@ -100,7 +102,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the height and width, and with `time` the frames (all but the first of an odd number), then a convolution."""
+    """Twice the height, the width and, with `time`, the frames (not the first of an odd number), then a convolution."""
 
     def __init__(self, channels: int, *, time: bool, dtype, rngs: nnx.Rngs):
         self.time = time
@@ -120,13 +122,13 @@ class Stage(nnx.Module):
         self.resnets = nnx.List(
             [
                 ResnetBlock(config, fan_in, fan_out, latents=latents, dtype=dtype, rngs=rngs)
-                for fan_in, fan_out in zip(widths[:-1], widths[1:])
+                for fan_in, fan_out in itertools.pairwise(widths)
             ]
         )
 
     def __call__(self, x: Float[Array, "b t h w c"], cache, *latents):
         new = []
-        for resnet, old in zip(self.resnets, cache or [None] * len(self.resnets)):
+        for resnet, old in zip(self.resnets, cache or [None] * len(self.resnets), strict=True):
             x, kept = resnet(x, old, *latents)
             new.append(kept)
         return self.resample(x), tuple(new)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from sdv_jax.typing import Array, Float
 
 from sdv_jax.errors import UserError
+from sdv_jax.typing import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Tiling:
 
     Attributes:
       tile_sample_min_height, tile_sample_min_width: tile size in pixels; smaller videos are not tiled.
-      tile_overlap_factor_height, tile_overlap_factor_width: the part of a tile that it shares with the next one, in [0, 1).
+      tile_overlap_factor_height, tile_overlap_factor_width: the part of a tile shared with the next one, in [0, 1).
     """
 
     tile_sample_min_height: int
@@ -54,6 +54,7 @@ def run_tiled(
     tile: tuple[int, int],
     out_tile: tuple[int, int],
     overlap: tuple[float, float],
+    smallest: int,
 ) -> Float[Array, "b s i j d"]:
     """Runs `run` on overlapping tiles of x, [b, t, h, w, c] -> [b, s, i, j, d], and blends the results.
 
@@ -63,15 +64,21 @@ def run_tiled(
       tile: tile size (height, width) in x.
       out_tile: tile size in the output.
       overlap: shared part of a tile along height and width.
+      smallest: the least height and width that `run` can take.
 
     Raises:
-      UserError: when the tiles cannot advance.
+      UserError: when the tiles cannot advance, or one at the edge is too small.
     """
-    stride = [int(size * (1 - part)) for size, part in zip(tile, overlap)]
+    stride = [int(size * (1 - part)) for size, part in zip(tile, overlap, strict=True)]
     if min(stride) < 1 or min(out_tile) < 1:
-        raise UserError(f"VAE tiling: tiles of {tile} with overlap {overlap} cannot advance; use larger tiles or less overlap")
-    blend = [int(size * part) for size, part in zip(out_tile, overlap)]
-    tops, lefts = (range(0, size, step) for size, step in zip(x.shape[2:4], stride))
+        raise UserError(f"VAE tiling: tiles of {tile} with overlap {overlap} cannot advance; use larger tiles")
+    blend = [int(size * part) for size, part in zip(out_tile, overlap, strict=True)]
+    tops, lefts = (range(0, size, step) for size, step in zip(x.shape[2:4], stride, strict=True))
+    if min(x.shape[2] - tops[-1], x.shape[3] - lefts[-1]) < smallest:
+        raise UserError(
+            f"VAE tiling: {x.shape[2]}x{x.shape[3]} in steps of {stride} leaves an edge tile smaller than {smallest}; "
+            "use another tile size"
+        )
     tiles = _map_tiles(run, x, tops, lefts, tile)
     # Tiles are blended in reading order with neighbours that are already blended themselves.
     rows = []
@@ -87,7 +94,7 @@ def run_tiled(
 
 
 def _map_tiles(run, x: Array, tops, lefts, tile) -> dict[tuple[int, int], Array]:
-    """{(row, column): run(tile)}; tiles of one shape share one loop, so programs do not grow with the number of tiles."""
+    """{(row, column): run(tile)}; tiles of one shape share one loop, so programs do not grow with their number."""
     groups = {}
     for i, top in enumerate(tops):
         for j, left in enumerate(lefts):
