@@ -24,7 +24,7 @@ def get_config():
 
     config.train.objective = "text_to_video"
     config.train.mode = "full"
-    config.train.steps = 6000
+    config.train.steps = 4000
     config.train.ema_decay = 0.999
     config.train.save_every = 500
     config.text.train_encoder = True

@@ -1,7 +1,7 @@
-"""The subject adapter on the small world: a LoRA on the shipped base, trained as paper A trains.
+"""The subject adapter on the small world: a LoRA on the shipped base, identity and motion with p = 0.2, as paper A trains.
 
-Target: on held-out subjects the adapted model closes at least half of the identity gap between the base and the true
-clips, and keeps at least 80% of the base's motion following. Duration: see docs/training.md.
+Target: on held-out subjects the adapted model closes at least half of the identity gap between the base and the true clips, and
+keeps at least 80% of the base's motion following. Duration: see docs/training.md.
 
     sdv train --config configs/small_world_cogvideox.py --workdir runs/small_world
 """
@@ -15,14 +15,16 @@ def get_config():
     config.data.identity = "small_world"
     config.data.motion = "small_world"
 
-    config.train.steps = 3000
+    config.train.steps = 2500
+    config.train.ema_decay = 0.995
     config.train.save_every = 250
-    config.train.sample_every = 500
     config.identity.batch_size = 64
+    config.identity.view_drop = 0.1  # without a reference the small base already draws good subjects: there is less to keep than in the paper
     config.motion.batch_size = 32
 
     config.lora.rank = 32
     config.lora.alpha = 32.0
     config.lora.dropout = 0.0  # open-ended pools of subjects leave nothing to overfit to
-    config.optimizer.learning_rate = 1e-3  # a model a thousand times smaller than the paper's
+    config.optimizer.learning_rate = 2e-3  # a model a thousand times smaller than the paper's
+    config.optimizer.warmup = 50
     return config
