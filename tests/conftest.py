@@ -7,7 +7,9 @@ import pytest
 if importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
-    install_import_hook("sdv_jax", "beartype.beartype")
+    import tests.typechecker  # noqa: F401  the hook looks it up by name
+
+    install_import_hook("sdv_jax", "tests.typechecker.check")
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ class _StreamedHandler(ocp.type_handlers.TypeHandler):
             if size + value.nbytes > BLOCK_BYTES:
                 await _all(group)
                 group, size = [], 0
-            group.append(self._write(value, info.parent_dir, info.name))
+            group.append(self._write(value, Path(info.parent_dir), info.name))
             size += value.nbytes
         await _all(group)
         return []
@@ -131,7 +131,7 @@ def paths(folder: Path) -> set[str]:
 
 
 def _spec(folder: Path) -> dict:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{Path(folder).absolute()}/"}}
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder.absolute()}/"}}
 
 
 def _nested(flat: Mapping[str, Streamed]) -> dict:
