@@ -15,7 +15,7 @@ def get_config():
     config.data.identity = "small_world"
     config.data.motion = "small_world"
 
-    config.train.steps = 2500
+    config.train.steps = 2200
     config.train.ema_decay = 0.995
     config.train.save_every = 250
     config.identity.batch_size = 64
