@@ -20,7 +20,7 @@ def learning_rate(config: Optimizer, steps: int) -> optax.Schedule:
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
-        warm = jnp.minimum(step / max(1, config.warmup), 1.0)
+        warm = jnp.where(step < config.warmup, step / max(1, config.warmup), 1.0)
         if config.schedule == "constant":
             return config.learning_rate * warm
         progress = (step - config.warmup) / max(1, end - config.warmup)

@@ -35,7 +35,7 @@ def make(
         value, gradients = jax.value_and_grad(objective)(state.trained)
         updates, optimizer = tx.update(gradients, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(gradients), "learning_rate": learning_rate(state.step)}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate(state.step)}
         ema = None if state.ema is None else _average(state.ema, trained, state.step, ema_decay)
         return TrainState(state.step + 1, trained, optimizer, ema), metrics
 
