@@ -15,7 +15,7 @@ from flax import nnx
 from sdv_jax.errors import UserError
 from sdv_jax.nn.linear import Linear, LoRA
 from sdv_jax.sharding import dotted
-from sdv_jax.typing import Key
+from sdv_jax.typing import Array, Key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     return nnx.split(model, nnx.LoRAParam, ...)
 
 
-def set_dropout_key(model: nnx.Module, key: Key | None) -> None:
+def set_dropout_key(model: nnx.Module, key: Key[Array, ""] | None) -> None:
     """Arms dropout of every adapter with keys of its own, one per layer of a stack; None switches it off."""
     for index, (_, layer) in enumerate(adapted(model)):
         if key is None:

@@ -12,7 +12,7 @@ from sdv_jax.errors import UserError
 from sdv_jax.objectives import identity, motion, switching, text_to_video
 from sdv_jax.objectives.denoising import Objective
 from sdv_jax.train.config import Config
-from sdv_jax.typing import Key
+from sdv_jax.typing import Array, Key
 
 STREAMS = ("identity", "motion")  # the place in this tuple is part of a stream's shuffling seed
 
@@ -35,7 +35,7 @@ class Plan:
         return {name: sum(name in reads for reads in self.batches.plan[:step]) for name in self.batches.streams}
 
 
-def make(config: Config, datasets: Mapping[str, LatentDataset], objective: Objective, key: Key) -> Plan:
+def make(config: Config, datasets: Mapping[str, LatentDataset], objective: Objective, key: Key[Array, ""]) -> Plan:
     """The plan of `config.train.steps` steps. `datasets` has "identity", "motion" or both, as `needed` says."""
     missing = [name for name in needed(config) if name not in datasets]
     if missing:
@@ -65,7 +65,7 @@ def needed(config: Config) -> tuple[str, ...]:
     return tuple(name for name, used in (("identity", p < 1), ("motion", p > 0)) if used)
 
 
-def _subject_programs(config: Config, key: Key) -> tuple[str, ...]:
+def _subject_programs(config: Config, key: Key[Array, ""]) -> tuple[str, ...]:
     tasks = switching.task_schedule(key, config.train.steps, config.switch.motion_probability)
     dropped = switching.view_drop_schedule(key, config.train.steps, config.identity.view_drop)
     image = np.where(dropped, "identity/no_reference", "identity")
@@ -105,6 +105,6 @@ def _losses(config: Config, objective: Objective) -> dict[str, Callable]:
     }
 
 
-def run_key(config: Config) -> Key:
+def run_key(config: Config) -> Key[Array, ""]:
     """The key all randomness of a run's steps is folded from."""
     return jax.random.key(config.train.seed)
