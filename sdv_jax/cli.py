@@ -6,6 +6,7 @@ Nothing heavy is imported before it is known which command runs, so that `sdv --
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     notes.setFormatter(logging.Formatter("sdv: note: %(message)s"))
     logger.addHandler(notes)
     logger.propagate = False  # a library that configures the root logger would tell every note twice
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is as it should be
     try:
         parser, arguments = _parser(), sys.argv[1:] if arguments is None else list(arguments)
         if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:

@@ -77,9 +77,8 @@ class Pipeline:
         self.text_width: int = transformer.config.text_embed_dim
         self._tiling = Tiling.default(vae.config)
         self.dtype = jnp.dtype(dtype)
-        self.seconds: dict[str, float] = (
-            seconds or {}
-        )  # stage -> seconds of the latest call, or of loading before the first
+        # stage -> seconds it took, of the latest call; of loading before the first one
+        self.seconds: dict[str, float] = seconds or {}
         self._tokenizer = tokenizer
         self._mesh, self._adaln_lora = mesh, adaln_lora
         self._transformer, self._vae, self._text_encoder = map(nnx.split, (transformer, vae, text_encoder))
@@ -144,10 +143,10 @@ class Pipeline:
         solver = make_solver(self._scheduler(scheduler), request.steps)
         bars = Progress(shown=progress)
         with self._on_mesh():
+            start, noise = self._noise(request, latents, step_noise)
             pictures = self._references(
                 request, reference, reference_latents, fit=reference_fit, tiling=tiling, bars=bars
             )
-            start, noise = self._noise(request, latents, step_noise)
             text = self._prompts(request, bars)
             scales = dynamic_scale(request.guidance, solver.timesteps) if dynamic_guidance else request.guidance
             scales = np.broadcast_to(np.asarray(scales, np.float32), (request.steps,))
@@ -163,7 +162,7 @@ class Pipeline:
         self,
         latents: Float[Array, "b t h w c"],
         text_embeddings: Float[Array, "b s d"],
-        timesteps: Int[Array, " b"],
+        timesteps: Int[Array, " b"] | Float[Array, " b"],
         reference_latents: Float[Array, "b k h w c"] | None = None,
     ) -> Float[Array, "b t h w c"]:
         """One call of the transformer: its raw prediction. Latents are in the transformer's scale.
@@ -187,7 +186,7 @@ class Pipeline:
                 state,
                 self._put(latents),
                 self._put(text_embeddings),
-                jax.device_put(jnp.asarray(timesteps, jnp.int32), self._replicated),
+                jax.device_put(jnp.asarray(timesteps), self._replicated),
                 reference_latents,
                 graph=graph,
                 adaln_lora=self._adaln_lora,
@@ -239,10 +238,8 @@ class Pipeline:
         if reference is None:
             return None
         pictures = [read_image(picture) for picture in _pictures(reference)]
-        frames = np.stack([fit_image(p, height=request.height, width=request.width, fit=fit) for p in pictures])[
-            :, None
-        ]
-        mean, logvar = self._encode(self._put(frames), tiling=tiling, bars=bars)
+        frames = np.stack([fit_image(p, height=request.height, width=request.width, fit=fit) for p in pictures])
+        mean, logvar = self._encode(self._put(frames[:, None]), tiling=tiling, bars=bars)
         drawn = sample_latents(mean, logvar, self.scaling_factor, _keys(request.seed)[1])
         return jnp.broadcast_to(drawn.astype(self.dtype)[None, :, 0], (batch, len(pictures), *shape))
 
