@@ -1,0 +1,127 @@
+"""The CogVideoX family: its variants at their real size (abstractly), its contract, its config's refusals; import."""
+
+import dataclasses
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sdv_jax.adapters import lora
+from sdv_jax.checkpoints.families import COGVIDEOX, rules_of
+from sdv_jax.errors import UserError
+from sdv_jax.models import cogvideox
+from sdv_jax.models.cogvideox.transformer import TransformerConfig
+from tests.tiny_transformer import CONFIG, inputs, make, run
+
+PARAMETERS = {"CogVideoX-2b": 1_693_783_872, "CogVideoX-5b": 5_570_283_072}  # of the published safetensors
+
+
+@pytest.mark.parametrize("name", cogvideox.VARIANTS)
+def test_variant_has_the_published_size_and_runs_abstractly(name):
+    config = cogvideox.VARIANTS[name]
+    model = nnx.eval_shape(lambda: cogvideox.build(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    leaves = jax.tree.leaves(nnx.state(model, nnx.Param))
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == PARAMETERS[name]
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
+
+    def shape(*size, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(size, dtype)
+
+    c = config.transformer
+    size = (1, c.latent_frames, c.sample_height, c.sample_width, c.in_channels)
+    text, picture = shape(1, c.max_text_seq_length, c.text_embed_dim), shape(1, 1, *size[2:])
+    out = nnx.eval_shape(
+        lambda m, *a, **k: m(*a, **k), model, shape(*size), text, shape(1, dtype=jnp.int32), reference=picture
+    )
+    assert (out.shape, out.dtype) == ((1, 13, 60, 90, 16), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", cogvideox.VARIANTS)
+def test_the_paper_targets_exist_in_every_variant(name):
+    config = cogvideox.VARIANTS[name]
+
+    def build():
+        model = cogvideox.build(config, rngs=nnx.Rngs(0))
+        settings = lora.LoraConfig(rank=128, alpha=64, targets=cogvideox.LORA_TARGETS)
+        lora.add(model, settings, names=rules_of(model)[1].to_torch_module_name, rngs=nnx.Rngs(0))
+        return model
+
+    paths = [path for path, _ in lora.adapted(nnx.eval_shape(build))]
+    assert len(paths) == 10 and not {"proj_out", "norm_out.linear", "time_embedding.linear_1"} & set(paths)
+
+
+def test_the_family_is_registered_with_its_own_contract():
+    assert COGVIDEOX.variants is cogvideox.VARIANTS and COGVIDEOX.sharding is cogvideox.SHARDING
+    for name, config in cogvideox.VARIANTS.items():
+        assert COGVIDEOX.variant({part: getattr(config, part) for part in COGVIDEOX.components}) == name
+    with pytest.raises(TypeError, match="Linear is not the transformer of a known family"):
+        rules_of(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
+
+
+REFUSED = {
+    "patch_size_t": (2, "patch_size_t = 2 is not supported, expected None"),  # CogVideoX 1.5
+    "ofs_embed_dim": (512, "ofs_embed_dim = 512 is not supported"),
+    "use_learned_positional_embeddings": (True, "use_learned_positional_embeddings = True is not supported"),  # 5B-I2V
+    "activation_fn": ("geglu", "activation_fn = 'geglu' is not supported"),
+    "timestep_activation_fn": ("relu", "timestep_activation_fn = 'relu' is not supported"),
+    "dropout": (0.1, "dropout = 0.1 is not supported"),
+    "num_layers": (0, "num_layers = 0; expected a whole number >= 1"),
+    "patch_size": (-2, "patch_size = -2; expected a whole number >= 1"),
+    "in_channels": ("16", "in_channels = '16'; expected a whole number >= 1"),
+    "out_channels": (None, "out_channels = None; expected a whole number >= 1"),
+    "attention_head_dim": (40, "attention_head_dim = 40, .* expected attention_head_dim to be a multiple of 16"),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_configs_that_are_refused(key):
+    value, message = REFUSED[key]
+    with pytest.raises(UserError, match=f"^transformer config: {message}") as error:
+        TransformerConfig(**{key: value}, use_rotary_positional_embeddings=True)
+    assert "\n" not in str(error.value)
+
+
+def test_widths_that_sincos_positions_cannot_have():
+    with pytest.raises(UserError, match="expected their product to be a multiple of 16"):
+        TransformerConfig(num_attention_heads=3, attention_head_dim=8)
+    assert TransformerConfig(num_attention_heads=4, attention_head_dim=8).width == 32
+
+
+@pytest.mark.parametrize("rotary", [True, False])
+def test_no_reference_is_no_reference_token(rotary):
+    """Without a reference the model is the plain text-to-video one, and a reference changes its answer."""
+    model = make(dataclasses.replace(CONFIG, use_rotary_positional_embeddings=rotary))
+    latents, text, timesteps, reference = inputs(references=1)
+    without = run(model, (latents, text, timesteps, None))
+    assert without.shape == latents.shape
+    assert not np.allclose(run(model, (latents, text, timesteps, reference)), without, atol=1e-3)
+
+
+def test_examples_of_a_batch_are_independent():
+    model, (latents, text, timesteps, _) = make(), inputs()
+    both = run(model, (latents, text, timesteps, None))
+    alone = run(model, (latents[1:], text[1:], timesteps[1:], None))
+    np.testing.assert_allclose(both[1:], alone, atol=1e-5)
+
+
+def test_import_has_no_effects():
+    """No torch, no diffusers, no device: for the package, and for all that a user's first call brings in."""
+    script = """
+import sys
+import sdv_jax
+assert "jax" not in sys.modules and "torch" not in sys.modules
+import sdv_jax.pipeline, sdv_jax.cli, sdv_jax.train.step, sdv_jax.checkpoints.convert
+loaded = {"torch", "diffusers", "transformers", "peft"} & set(sys.modules)
+assert not loaded, loaded
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+"""
+    root = pathlib.Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
