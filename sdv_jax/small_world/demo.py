@@ -35,7 +35,7 @@ class Sampling:
     subjects: int = 64
     pool_seed: int = 1
     steps: int = 25
-    guidance: float = 3.0
+    guidance: float = 1.5
     seed: int = 0
 
 
