@@ -43,7 +43,7 @@ class AutoencoderConfig:
       vae: the model.
       steps: optimiser steps in all; a finished run that is started again returns its model.
       batch_size: clips per step.
-      images: single frames per step, drawn from further clips: one frame alone is encoded differently from a clip's first.
+      images: single frames per step, drawn from further clips: one alone is encoded differently from a clip's first.
       learning_rate: peak of the cosine schedule.
       warmup: steps of linear warm-up.
       weight_decay, clip_norm: of AdamW and of the gradient.
@@ -77,8 +77,8 @@ def train(config: AutoencoderConfig, sample_batch: SampleBatch, *, workdir: str 
 
     Args:
       config: the run.
-      sample_batch: `(generator, n) -> uint8 [n, t, h, w, 3]`; called with a generator that depends only on seed and step, so a
-        resumed run sees the batches that an uninterrupted one sees.
+      sample_batch: `(generator, n) -> uint8 [n, t, h, w, 3]`; called with a generator that depends only on seed and
+        step, so a resumed run sees the batches that an uninterrupted one sees.
       workdir: gets `autoencoder.npz` (weights, optimiser, step) and `metrics.jsonl`.
 
     Raises:
@@ -110,8 +110,9 @@ def train(config: AutoencoderConfig, sample_batch: SampleBatch, *, workdir: str 
 def make_optimizer(config: AutoencoderConfig) -> optax.GradientTransformation:
     """Muon for kernels, Adam for the rest; clipped gradients, linear warm-up and cosine decay to zero.
 
-    Muon sees a kernel as one matrix from all its taps and input channels to its outputs. It halved the steps that Adam needed
-    for the same loss here, and its updates are scaled to Adam's size (arXiv 2502.16982, 2.2) so that both share a rate.
+    Muon sees a kernel as one matrix from all its taps and input channels to its outputs. It halved the steps that Adam
+    needed for the same loss here, and its updates are scaled to Adam's size (arXiv 2502.16982, 2.2) so that both
+    share a rate.
     """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(config.warmup, config.steps // 2), config.steps
@@ -141,8 +142,11 @@ def _like_adam(updates, _):
 
 
 def well_conditioned(vae: VAE) -> VAE:
-    """The same fresh model with a start that trains: the decoder's norms begin near the plain group norm instead of scaling by
-    random linear forms of the latents, and latents begin with little noise."""
+    """The same fresh model with a start that trains.
+
+    The decoder's norms begin near the plain group norm instead of scaling by random linear forms of the latents, and
+    latents begin with little noise.
+    """
     for _, module in nnx.iter_modules(vae):
         if isinstance(module, SpatialNorm):
             module.conv_y.bias[...] = jnp.ones_like(module.conv_y.bias[...])
