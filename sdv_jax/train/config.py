@@ -276,7 +276,7 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str) -> Any:
     return cls(**{name: _convert(kind, tree[name], prefix + name) for name, kind in fields.items()})
 
 
-def _convert(kind: type, raw: Any, key: str) -> Any:
+def _convert(kind: Any, raw: Any, key: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(raw, Mapping):
             raise _wrong_type(key, raw, dict)
@@ -309,7 +309,7 @@ def _unknown(key: str, known: Sequence[str]) -> UserError:
     return UserError(f"config key {key!r} does not exist: {hint}")
 
 
-def _wrong_type(key: str, raw: Any, kind: type) -> UserError:
+def _wrong_type(key: str, raw: Any, kind: Any) -> UserError:
     return UserError(f"config key {key!r}: expected {kind.__name__}, found {raw!r}")
 
 
