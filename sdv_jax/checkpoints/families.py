@@ -100,7 +100,7 @@ def _located(make: Callable, where: Path):
         ArithmeticError,
         AttributeError,
     ) as error:  # a value of the wrong kind, such as a text for a size
-        raise UserError(f"{where}: a value does not make sense ({error})") from None
+        raise UserError(f"{where}: a value does not make sense ({str(error).splitlines()[0]})") from None
 
 
 COGVIDEOX = Family(
