@@ -9,7 +9,7 @@ if importlib.util.find_spec("beartype"):
 
     import tests.typechecker  # noqa: F401  the hook looks it up by name
 
-    install_import_hook("sdv_jax", "tests.typechecker.check")
+    install_import_hook("sdv_jax.nn", "tests.typechecker.check")
 
 
 @pytest.fixture(scope="session")
