@@ -110,7 +110,7 @@ def test_the_future_does_not_change_the_past():
 
 def test_every_parameter_is_trained():
     graph, params = nnx.split(filled(lambda: VAE(TINY, rngs=nnx.Rngs(0))))
-    video = normal(1, 3, 4, 4, 3)
+    video = jnp.asarray(normal(1, 3, 4, 4, 3))
 
     def objective(params):
         model = nnx.merge(graph, params)
