@@ -11,6 +11,7 @@ of the tests would be first.
 """
 
 import dataclasses
+import logging
 import os
 import pathlib
 from collections.abc import Sequence
@@ -44,6 +45,8 @@ from sdv_jax.request import (
     check_video_size,
 )
 from sdv_jax.typing import Array, Float, Int
+
+logger = logging.getLogger(__name__)
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
 
@@ -114,6 +117,8 @@ class Pipeline:
             several as a list or as [k, h, w, 3]; every video of the batch sees all of them.
           negative_prompt: what to steer away from; one text, or one per prompt.
           height, width, num_frames: in pixels and frames. Where absent: as `latents` have them, else the model's own.
+            num_frames is 1 + a multiple of 8 (of 4 compressed in time). Of 5, 13, 21, ... the VAE makes 8, 16, 24, ...,
+            as diffusers has it, and a warning tells so.
           steps, guidance: 50 and 6.0 where absent. Guidance of 1 or less runs the model once per step instead of twice.
           seed: decides the initial noise, the draw of the reference's latents and the solver's noise.
           latents: [b, t', h', w', c], the initial noise instead of a drawn one.
@@ -140,19 +145,21 @@ class Pipeline:
             train_timesteps=self.scheduler.num_train_timesteps,
             latents=latents,
         )
+        if output == "video":
+            self._tell_length(request.num_frames)
         solver = make_solver(self._scheduler(scheduler), request.steps)
-        bars = Progress(shown=progress)
+        tiles, bars = self._tiles(tiling), Progress(shown=progress)
         with self._on_mesh():
             start, noise = self._noise(request, latents, step_noise)
             pictures = self._references(
-                request, reference, reference_latents, fit=reference_fit, tiling=tiling, bars=bars
+                request, reference, reference_latents, fit=reference_fit, tiles=tiles, bars=bars
             )
             text = self._prompts(request, bars)
             scales = dynamic_scale(request.guidance, solver.timesteps) if dynamic_guidance else request.guidance
             scales = np.broadcast_to(np.asarray(scales, np.float32), (request.steps,))
             result = self._denoise_all(request, solver, start, text, pictures, scales, noise, bars)
             if output == "video":
-                result = self._decode(result * (1 / self.scaling_factor), tiling=tiling, bars=bars)
+                result = self._decode(result * (1 / self.scaling_factor), tiles=tiles, bars=bars)
                 result = np.clip(np.asarray(result, np.float32) / 2 + 0.5, 0, 1)
         self.seconds = bars.seconds
         return np.asarray(result, np.float32)
@@ -203,7 +210,7 @@ class Pipeline:
         check_video_size(np.shape(video), self.geometry)
         check_array(video, "video", ["b", "t", "h", "w", 3])
         with self._on_mesh():
-            return self._encode(self._put(video), tiling=tiling, bars=Progress(shown=False))
+            return self._encode(self._put(video), tiles=self._tiles(tiling), bars=Progress(shown=False))
 
     @no_type_check
     def decode(self, latents: Float[Array, "b t h w c"], *, tiling: bool = False) -> Float[Array, "b t h w 3"]:
@@ -213,7 +220,7 @@ class Pipeline:
         """
         check_array(latents, "latents", ["b", "t", "h", "w", self.geometry.channels])
         with self._on_mesh():
-            return self._decode(self._put(latents), tiling=tiling, bars=Progress(shown=False))
+            return self._decode(self._put(latents), tiles=self._tiles(tiling), bars=Progress(shown=False))
 
     @no_type_check
     def encode_prompt(self, prompts: Sequence[str]) -> Float[Array, "b s d"]:
@@ -223,8 +230,16 @@ class Pipeline:
 
     # MARK: stages of a call
 
+    def _tell_length(self, asked: int) -> None:
+        made, below = self.geometry.decoded_frames(asked), asked - self.geometry.temporal
+        if made != asked:
+            logger.warning(
+                "num_frames is %d, of which the VAE makes %d; %d and %d come out as asked",
+                asked, made, below, below + self.geometry.period,
+            )  # fmt: skip
+
     def _references(
-        self, request: Request, reference, reference_latents, *, fit: str, tiling: bool, bars: Progress
+        self, request: Request, reference, reference_latents, *, fit: str, tiles: Tiling | None, bars: Progress
     ) -> Array | None:
         """[b, k, h', w', c] in the transformer's scale, or None."""
         batch, (_, *shape) = len(request.prompts), self.geometry.latent_shape(1, request.height, request.width)
@@ -239,7 +254,7 @@ class Pipeline:
             return None
         pictures = [read_image(picture) for picture in _pictures(reference)]
         frames = np.stack([fit_image(p, height=request.height, width=request.width, fit=fit) for p in pictures])
-        mean, logvar = self._encode(self._put(frames[:, None]), tiling=tiling, bars=bars)
+        mean, logvar = self._encode(self._put(frames[:, None]), tiles=tiles, bars=bars)
         drawn = sample_latents(mean, logvar, self.scaling_factor, _keys(request.seed)[1])
         return jnp.broadcast_to(drawn.astype(self.dtype)[None, :, 0], (batch, len(pictures), *shape))
 
@@ -291,17 +306,26 @@ class Pipeline:
             progress=bars,
         )
 
-    def _encode(self, video: Array, *, tiling: bool, bars: Progress) -> tuple[Array, Array]:
+    def _encode(self, video: Array, *, tiles: Tiling | None, bars: Progress) -> tuple[Array, Array]:
         graph, state = self._vae
-        return programs.ENCODE(
-            state, video, graph=graph, tiling=self._tiling if tiling else None, stage="encoding picture", progress=bars
-        )
+        return programs.ENCODE(state, video, graph=graph, tiling=tiles, stage="encoding picture", progress=bars)
 
-    def _decode(self, latents: Array, *, tiling: bool, bars: Progress) -> Array:
+    def _decode(self, latents: Array, *, tiles: Tiling | None, bars: Progress) -> Array:
         graph, state = self._vae
-        return programs.DECODE(
-            state, latents, graph=graph, tiling=self._tiling if tiling else None, stage="decoding", progress=bars
-        )
+        return programs.DECODE(state, latents, graph=graph, tiling=tiles, stage="decoding", progress=bars)
+
+    def _tiles(self, wanted: bool) -> Tiling | None:
+        """The VAE's tiles, if they are wanted. Raises UserError where their seams would not meet."""
+        if not wanted:
+            return None
+        scale, tiling = self.geometry.spatial, self._tiling
+        for size, latents, overlap in zip(tiling.sample_tile, tiling.latent_tile(scale), tiling.overlap, strict=True):
+            if int(latents * (1 - overlap)) * scale != size - int(size * overlap):
+                tile = "x".join(map(str, reversed(tiling.sample_tile)))
+                raise UserError(
+                    f"tiling: this VAE's tiles of {tile} pixels do not overlap in whole latents; leave tiling off"
+                )
+        return tiling
 
     def _scheduler(self, name: str | None):
         if name is None:

@@ -50,6 +50,20 @@ class Geometry:
         """[t, h, w, c] of the latents of a video of that size."""
         return (num_frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial, self.channels
 
+    @property
+    def period(self) -> int:
+        """The VAE makes 1 + a multiple of this many frames exactly: see `decoded_frames`."""
+        return 1 if self.temporal == 1 else 2 * self.temporal
+
+    def decoded_frames(self, num_frames: int) -> int:
+        """How many frames come out of the decoder for the latents of `num_frames`.
+
+        diffusers' CogVideoX VAE, and so ours, knows the lone first frame by an odd number of latent frames; of an
+        even number every latent frame, the first too, becomes `temporal` frames.
+        """
+        latents = (num_frames - 1) // self.temporal + 1
+        return latents * self.temporal if latents % 2 == 0 else num_frames
+
     def pixel_sizes(self, latents: tuple[int, ...]) -> tuple[int, int, int]:
         """(frames, height, width) of the video that latents [..., t, h, w, c] decode to."""
         t, h, w = latents[-4:-1]
@@ -109,7 +123,7 @@ def check_request(
     return Request(
         prompts=prompts,
         negatives=negatives,
-        num_frames=_frames(num_frames, geometry.temporal),
+        num_frames=_frames(num_frames, geometry.temporal, advised=geometry.period),
         height=_side(height, "height", geometry),
         width=_side(width, "width", geometry),
         steps=_steps(STEPS if steps is None else steps, train_timesteps),
@@ -147,7 +161,7 @@ def check_video_size(shape: tuple[int, ...], geometry: Geometry) -> None:
     """Raises UserError unless a video [b,t,h,w,3] has a length and a size that the VAE can encode."""
     if len(shape) != 5 or shape[-1] != 3:
         raise UserError(f"video has shape {tuple(shape)}; expected [b, t, h, w, 3] in [-1, 1]")
-    _frames(shape[1], geometry.temporal)
+    _frames(shape[1], geometry.temporal, advised=geometry.temporal)
     for name, value in (("height", shape[2]), ("width", shape[3])):
         _multiple(value, name, geometry.spatial)
 
@@ -167,14 +181,15 @@ def _whole(value, name: str) -> int:
     return int(value)
 
 
-def _frames(value, temporal: int) -> int:
+def _frames(value, temporal: int, *, advised: int) -> int:
+    """The count, which must be 1 + a multiple of `temporal`; the message names multiples of `advised`."""
     count = _whole(value, "num_frames")
     if count < 1:
         raise UserError(f"num_frames is {count}; expected at least 1")
     if (count - 1) % temporal:
-        below = (count - 1) // temporal * temporal + 1
-        rule = f"this model makes 1 + a multiple of {temporal} frames"
-        raise UserError(f"num_frames is {count}; {rule}: the nearest are {below} and {below + temporal}")
+        below = (count - 1) // advised * advised + 1
+        rule = f"expected 1 + a multiple of {advised}"
+        raise UserError(f"num_frames is {count}; {rule}: the nearest are {below} and {below + advised}")
     return count
 
 

@@ -1,16 +1,6 @@
-"""Shape annotations are checked while tests run, where beartype is installed; and the small pipelines of many tests."""
-
-import importlib.util
+"""The small pipelines of many tests."""
 
 import pytest
-
-if importlib.util.find_spec("beartype"):
-    from jaxtyping import install_import_hook
-
-    import tests.typechecker  # noqa: F401  the hook looks it up by name
-
-    install_import_hook("sdv_jax.nn", "tests.typechecker.check")
-
 
 @pytest.fixture(scope="session")
 def tiny_pipeline_folder(tmp_path_factory):

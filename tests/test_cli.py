@@ -41,16 +41,16 @@ def test_help_imports_nothing_heavy():
 def test_sample_leaves_a_video_and_a_contact_sheet(model, here, capsys):
     for name, size in (("a.png", (40, 30)), ("b.jpg", (9, 50))):
         Image.effect_noise(size, 90).convert("RGB").save(name)
-    arguments = f"sample --model {model} --prompt ball --steps 1 --num-frames 5 --seed 3 --fps 12 --out v.MP4"
+    arguments = f"sample --model {model} --prompt ball --steps 1 --seed 3 --fps 12 --out v.MP4"
     assert cli.main([*arguments.split(), "--reference", "a.png", "b.jpg"]) == 0
     out, err = capsys.readouterr()
-    assert out == "v.MP4  5 frames of 24x16, contact sheet v.png\n"
+    assert out == "v.MP4  9 frames of 24x16, contact sheet v.png\n"
     for stage in ("loading model", "encoding picture", "encoding prompt", "denoising", "decoding"):
         assert stage in err
     frames, fps = read_video("v.MP4")
-    assert frames.shape == (5, 16, 24, 3) and fps == 12
+    assert frames.shape == (9, 16, 24, 3) and fps == 12
     sheet = np.asarray(Image.open("v.png"))
-    assert sheet.shape == (16 + 4, 2 + 7 * 26, 3)  # two references, then five frames
+    assert sheet.shape == (16 + 4, 2 + 11 * 26, 3)  # two references, then nine frames
     assert sorted(path.name for path in here.iterdir()) == ["a.png", "b.jpg", "v.MP4", "v.png"]
 
 

@@ -13,12 +13,15 @@ import sdv_jax
 from sdv_jax import programs
 from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import adapter_files
+from sdv_jax.checkpoints.rules import cogvideox as rules
 from sdv_jax.data.images import fit_image
+from sdv_jax.models.cogvideox.vae import Tiling
 from sdv_jax.pipeline import load_pipeline
 from sdv_jax.request import Geometry, check_request
 from tests.tiny_pipeline import save_pipeline
 
 STEPS = 2
+NAMES = rules.transformer(2).to_torch_module_name
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +187,9 @@ def test_adapter_changes_the_video_and_alpha_its_strength(folder, tmp_path, pipe
     from sdv_jax.checkpoints import model_folder
 
     transformer = model_folder.load_component(folder, "transformer")
-    lora.add(transformer, lora.LoraConfig(rank=2, alpha=2, targets=("to_q", "norm1.linear")), rngs=nnx.Rngs(0))
+    lora.add(
+        transformer, lora.LoraConfig(rank=2, alpha=2, targets=("to_q", "norm1.linear")), names=NAMES, rngs=nnx.Rngs(0)
+    )
     for _, layer in lora.adapted(transformer):
         layer.lora.b[...] = jnp.ones_like(layer.lora.b[...])
     adapter_files.save(transformer, tmp_path / "adapter")
@@ -203,11 +208,23 @@ def test_bfloat16_stays_close_to_float32(folder, pipe):
     assert ours.dtype == np.float32 and 0 < np.abs(ours - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_tiles_change_little(pipe):
+def test_tiles_change_little(pipe, monkeypatch):
     latents = np.random.default_rng(0).normal(size=(1, 1, 8, 12, 4)).astype(np.float32)
-    whole, tiled = (np.asarray(pipe.decode(latents, tiling=on)) for on in (False, True))
+    whole = np.asarray(pipe.decode(latents))
+    monkeypatch.setattr(pipe, "_tiling", Tiling(24, 40))
+    tiled = np.asarray(pipe.decode(latents, tiling=True))
     assert whole.shape == tiled.shape == (1, 1, 32, 48, 3)
     assert 0 < np.abs(whole - tiled).mean() < 0.5 * np.abs(whole).mean()
+
+
+@pytest.mark.parametrize("asked", [1, 5, 9, 13])
+def test_the_length_of_the_video_is_as_told(pipe, asked, caplog):
+    video = run(pipe, num_frames=asked, height=8, width=8, steps=1, output="video")
+    assert video.shape[1] == pipe.geometry.decoded_frames(asked) == {5: 8, 13: 16}.get(asked, asked)
+    told = (
+        f"num_frames is {asked}, of which the VAE makes {video.shape[1]}; {asked - 4} and {asked + 4} come out as asked"
+    )
+    assert (told in caplog.text) == (asked in (5, 13))
 
 
 def test_times_of_the_stages(pipe):

@@ -16,11 +16,18 @@ from sdv_jax.nn.causal_conv3d import CausalConv3d, FrameConv, PointConv
 from sdv_jax.nn.group_norm import GroupNorm
 from sdv_jax.typing import Array, Float
 
+
+def _rounded_once(function):
+    """`function` in float32, its result in the dtype of x: bfloat16 would round the sigmoid too, before the product."""
+    return lambda x: function(x.astype(jnp.float32)).astype(x.dtype)
+
+
+silu = _rounded_once(jax.nn.silu)
 ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
-    "mish": jax.nn.mish,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": silu,
+    "swish": silu,
+    "mish": _rounded_once(jax.nn.mish),
+    "gelu": _rounded_once(functools.partial(jax.nn.gelu, approximate=False)),
     "relu": jax.nn.relu,
 }
 # The decoder's norms and both norm_out ignore the config's norm_eps (upstream writes the number down).
@@ -190,7 +197,7 @@ class Encoder(nnx.Module):
         x, head = self.conv_in(x, head)
         for i, stage in enumerate([*self.down_blocks, self.mid_block]):
             x, stages[i] = stage(x, stages[i])
-        x, tail = self.conv_out(jax.nn.silu(self.norm_out(x)), tail)
+        x, tail = self.conv_out(silu(self.norm_out(x)), tail)
         return x, (head, *stages, tail)
 
 
@@ -211,5 +218,5 @@ class Decoder(nnx.Module):
         x, head = self.conv_in(z, head)
         for i, stage in enumerate([self.mid_block, *self.up_blocks]):
             x, stages[i] = stage(x, stages[i], z)
-        x, tail = self.conv_out(jax.nn.silu(self.norm_out(x, z)), tail)
+        x, tail = self.conv_out(silu(self.norm_out(x, z)), tail)
         return x, (head, *stages, tail)

@@ -1,0 +1,37 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from sdv_jax.train import plan, setup, state, step
+from tests.train import tiny
+
+KEY = jax.random.key(0)
+
+
+def _setup(**settings):
+    config, data = tiny.config(**settings), tiny.data()
+    parts = setup.parts(config, token_ids=False)
+    planned = plan.make(config, data, setup.objective(config, parts.schedule, tiny.SCALE), KEY)
+    graph, trained, frozen = state.split(parts.model, mode="lora", train_encoder=False)
+    tx = optax.sgd(0.1)
+    run = step.make(graph, planned.losses["identity"], tx, lambda _: 0.1, ema_decay=0.9)
+    trained = jax.tree.map(lambda leaf: leaf + 0.1, trained)  # B starts at zero, where dropout would not show
+    batch = {"identity": planned.batches.streams["identity"][0]}
+    return run, lambda at: state.create(trained, tx, ema=True)._replace(step=jnp.int32(at)), frozen, batch
+
+
+def test_a_step_is_a_function_of_key_and_step_and_dropout_takes_part():
+    run, start, frozen, batch = _setup(lora__dropout=0.5)
+    empty = jnp.zeros((3, 8))
+    losses = {at: float(run(start(at), frozen, KEY, batch, empty)[1]["loss"]) for at in (0, 1)}
+    assert float(run(start(0), frozen, KEY, batch, empty)[1]["loss"]) == losses[0] != losses[1]
+    without, start, frozen, batch = _setup(lora__dropout=0.0)
+    before = start(0)
+    old = jax.tree.map(np.asarray, before.trained)
+    after, metrics = without(before, frozen, KEY, batch, empty)
+    assert float(metrics["loss"]) != losses[0]
+    assert int(after.step) == 1
+    # The first average is 9/10 new: min(0.9, (1 + 0) / (10 + 0)) of the old one stays.
+    for average, new, first in zip(*map(jax.tree.leaves, (after.ema, after.trained, old)), strict=True):
+        np.testing.assert_allclose(average, 0.1 * first + 0.9 * new, rtol=1e-5, atol=1e-7)
