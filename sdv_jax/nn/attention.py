@@ -1,12 +1,17 @@
 """Attention: the only file that names a kernel. Everything else calls `attention`."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from sdv_jax.typing import Array, Float
 
 # Scores of one block of queries that may exist at once in the plain form: 2**27 float32 numbers are 512 MB.
 _SCORES_AT_ONCE = 2**27
+# On a CPU: more scores than this (8 MB) leave the caches between the two products, and heads are taken one by one.
+_SCORES_IN_CACHE = 2**21
 
 
 def attention(q: Float[Array, "b n heads k"], k: Float[Array, "b m heads k"], v: Float[Array, "b m heads k"], *,
@@ -14,26 +19,51 @@ def attention(q: Float[Array, "b n heads k"], k: Float[Array, "b m heads k"], v:
               scale: float | None = None) -> Float[Array, "b n heads k"]:
     """softmax(q kᵀ · scale + bias) v, bidirectional; `scale` defaults to 1/sqrt(head dimension). Softmax is in float32.
 
-    On a GPU half-precision inputs without bias go to cuDNN's flash kernel. Elsewhere the plain form is used, over
-    blocks of queries where the whole score matrix would be too large.
+    On a GPU half-precision inputs without bias go to cuDNN's flash kernel. Elsewhere the plain form is used: over
+    blocks of queries where the whole score matrix would be too large, and on a CPU without a mesh head by head.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if bias is None and q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu":
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
-    b, n, heads, _ = q.shape
-    blocks = -(-b * heads * n * k.shape[1] // _SCORES_AT_ONCE)
-    if blocks == 1 or bias is not None:
-        return _plain(q, k, v, bias, scale)
+    q, k, v = (rearrange(x, "b n heads k -> b heads n k") for x in (q, k, v))
+    large = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > _SCORES_IN_CACHE
+    if bias is not None:
+        out = _plain(q, k, v, bias, scale)
+    elif large and jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty:
+        out = _by_heads(q, k, v, scale)
+    else:
+        out = _by_queries(q, k, v, scale)
+    return rearrange(out, "b heads n k -> b n heads k")
+
+
+def _by_heads(q: Float[Array, "b heads n k"], k: Float[Array, "b heads m k"], v: Float[Array, "b heads m k"],
+              scale: float) -> Float[Array, "b heads n k"]:
+    """One head of one example at a time: XLA's CPU backend is fast at float32 products of two matrices, not at batches.
+
+    The scores are computed again in the backward pass, which costs less than writing and reading them.
+    """
+    heads = tuple(rearrange(x.astype(jnp.float32), "b heads n k -> (b heads) n k") for x in (q, k, v))
+    out = jax.lax.map(jax.checkpoint(lambda head: _by_queries(*head, scale)), heads)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _by_queries(q: Float[Array, "*lead n k"], k: Float[Array, "*lead m k"], v: Float[Array, "*lead m k"],
+                scale: float) -> Float[Array, "*lead n k"]:
+    """All at once, or block by block over the queries where the scores would be too many."""
+    n = q.shape[-2]
+    blocks = -(-math.prod(q.shape[:-1]) * k.shape[-2] // _SCORES_AT_ONCE)
+    if blocks == 1:
+        return _plain(q, k, v, None, scale)
     size = -(-n // blocks)
-    blocks = -(-n // size)
-    padded = jnp.pad(q, ((0, 0), (0, blocks * size - n), (0, 0), (0, 0)))
-    queries = jnp.moveaxis(padded.reshape(b, blocks, size, heads, -1), 1, 0)
+    padded = jnp.pad(q, [(0, 0)] * (q.ndim - 2) + [(0, -n % size), (0, 0)])
+    queries = jnp.moveaxis(padded.reshape(*q.shape[:-2], -1, size, q.shape[-1]), -3, 0)
     out = jax.lax.map(jax.checkpoint(lambda block: _plain(block, k, v, None, scale)), queries)
-    return jnp.moveaxis(out, 0, 1).reshape(padded.shape)[:, :n]
+    return jnp.moveaxis(out, 0, -3).reshape(padded.shape)[..., :n, :]
 
 
 def _plain(q: Array, k: Array, v: Array, bias: Array | None, scale: float) -> Array:
-    scores = jnp.einsum("bnhk,bmhk->bhnm", q * jnp.asarray(scale, q.dtype), k, preferred_element_type=jnp.float32)
+    keys = jnp.swapaxes(k, -1, -2)
+    scores = jnp.matmul(q * jnp.asarray(scale, q.dtype), keys, preferred_element_type=jnp.float32)
     if bias is not None:
         scores = scores + bias.astype(jnp.float32)
-    return jnp.einsum("bhnm,bmhk->bnhk", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+    return jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v

@@ -49,12 +49,35 @@ def test_blocks_of_queries_equal_all_at_once(monkeypatch, at_once):
     calls = []
     plain = module._plain
     monkeypatch.setattr(module, "_SCORES_AT_ONCE", at_once)
-    monkeypatch.setattr(module, "_plain", lambda q, *rest: calls.append(q.shape[1]) or plain(q, *rest))
+    monkeypatch.setattr(module, "_plain", lambda q, *rest: calls.append(q.shape[-2]) or plain(q, *rest))
     found, their_gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
     assert calls and max(calls) < 13  # it did go block by block
     assert_close(found, expected, relative=1e-6)
     for ours, whole in zip(their_gradients, gradients, strict=True):
         assert_close(ours, whole, relative=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_head_by_head_equals_all_at_once(monkeypatch, dtype):
+    """The form of a CPU for large inputs; and the same gradients."""
+    q, k, v = draw(dtype=dtype)
+    weights = jnp.arange(q.size, dtype=jnp.float32).reshape(q.shape) / q.size
+
+    def loss(q, k, v):
+        return (attention(q, k, v) * weights).sum()
+
+    expected, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    calls = []
+    by_queries = module._by_queries
+    monkeypatch.setattr(module, "_SCORES_IN_CACHE", 1)
+    monkeypatch.setattr(module, "_by_queries", lambda q, *rest: calls.append(q.shape) or by_queries(q, *rest))
+    assert attention(q, k, v).dtype == dtype
+    found, their_gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    assert set(calls) == {(13, 8)}  # one head of one example
+    tolerance = 1e-6 if dtype == jnp.float32 else 2**-7
+    assert_close(found, expected, relative=tolerance)
+    for ours, whole in zip(their_gradients, gradients, strict=True):
+        assert_close(ours.astype(jnp.float32), whole.astype(jnp.float32), relative=10 * tolerance)
 
 
 def test_softmax_is_in_float32():
