@@ -15,7 +15,8 @@ def get_config():
     config.data.identity = "small_world"
     config.data.motion = "small_world"
 
-    config.train.steps = 2200
+    config.train.steps = 4400
+    config.small_world.pairs = 8192
     config.train.ema_decay = 0.995
     config.train.save_every = 250
     config.identity.batch_size = 64
@@ -27,4 +28,5 @@ def get_config():
     config.lora.dropout = 0.0  # open-ended pools of subjects leave nothing to overfit to
     config.optimizer.learning_rate = 2e-3  # a model a thousand times smaller than the paper's
     config.optimizer.warmup = 50
+    config.optimizer.cycles = 2
     return config
