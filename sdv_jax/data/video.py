@@ -10,11 +10,12 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from sdv_jax.data.files import replacing
 from sdv_jax.errors import UserError
 
+_TITLE_HEIGHT = 24  # pixels above a contact sheet's columns
 _BT709 = 1  # the code of ITU-R BT.709 for primaries and transfer in ISO/IEC 23091-2, as the mp4 header stores it
 
 
@@ -92,18 +93,24 @@ def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> tup
 
 
 def write_contact_sheet(
-    path: str | os.PathLike, rows: Sequence[Sequence[UInt8[np.ndarray, "h w 3"]]], *, gap: int = 2
+    path: str | os.PathLike, rows: Sequence[Sequence[UInt8[np.ndarray, "h _ 3"]]], *, gap: int = 2,
+    titles: Sequence[str] = (),
 ) -> None:
-    """A PNG with one row of pictures per entry of `rows`, white between them. All pictures have one size.
+    """A PNG with one row of pictures per entry of `rows`, white between them, and `titles` above the columns.
 
-    Raises UserError when the place cannot be written. The file appears complete or not at all.
+    All pictures have one height, and those of a column one width. Raises UserError when the place cannot be written. The
+    file appears complete or not at all.
     """
-    height, width = rows[0][0].shape[:2]
-    columns = max(len(row) for row in rows)
-    sheet = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    height, longest = rows[0][0].shape[0], max(rows, key=len)
+    lefts = np.cumsum([gap, *(picture.shape[1] + gap for picture in longest)])
+    head = _TITLE_HEIGHT if titles else 0
+    sheet = np.full((head + len(rows) * (height + gap) + gap, lefts[-1], 3), 255, np.uint8)
     for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
-            top, left = gap + r * (height + gap), gap + c * (width + gap)
-            sheet[top : top + height, left : left + width] = picture
+        top = head + gap + r * (height + gap)
+        for left, picture in zip(lefts, row):
+            sheet[top : top + height, left : left + picture.shape[1]] = picture
+    image = Image.fromarray(sheet)
+    for left, title in zip(lefts, titles):
+        ImageDraw.Draw(image).text((int(left), gap), title, fill="black", font=ImageFont.load_default(_TITLE_HEIGHT * 2 // 3))
     with replacing(path, what="contact sheet") as temporary:
-        Image.fromarray(sheet).save(temporary, format="PNG")
+        image.save(temporary, format="PNG")

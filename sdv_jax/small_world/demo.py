@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -106,18 +105,16 @@ def _centred(pixels: UInt8[np.ndarray, "..."]) -> np.ndarray:
 
 
 def _pictures(results: Path, trial: Trials, clips: dict[str, np.ndarray]) -> None:
-    """sheet.png: reference | base | adapted | truth, three frames each; videos/NN-*.mp4 of the first subjects."""
+    """sheet.png: reference | base | adapted | truth, three frames of each clip; videos/NN-*.mp4 of the first subjects."""
     shown = {name: to_uint8(clips[name][:SHOWN]) for name in ("base", "adapted", "truth")}
     frames = (0, trial.video.shape[1] // 2, trial.video.shape[1] - 1)
-    blank = np.full_like(trial.reference[0], 255)
-    rows: list[Sequence[np.ndarray]] = []
-    for i in range(min(SHOWN, len(trial.scenes))):
-        row = [trial.reference[i]]
-        for name in shown:
-            row += [blank[:, :4], *(shown[name][i, frame] for frame in frames)]
-        rows.append([_enlarged(picture) for picture in row])
-    rows = [[_same_width(picture, rows[0][0].shape) for picture in row] for row in rows]
-    write_contact_sheet(results / "sheet.png", rows)
+    rows = [[trial.reference[i]] for i in range(min(SHOWN, len(trial.scenes)))]
+    titles = ["reference"]
+    for name, video in shown.items():
+        titles += ["", name, *[""] * (len(frames) - 1)]
+        for row, clip in zip(rows, video):
+            row += [np.full_like(row[0][:, :1], 255), *clip[list(frames)]]
+    write_contact_sheet(results / "sheet.png", [[_enlarged(picture) for picture in row] for row in rows], titles=titles)
     for i in range(len(rows)):
         for name, video in shown.items():
             (results / "videos").mkdir(exist_ok=True)
@@ -126,12 +123,6 @@ def _pictures(results: Path, trial: Trials, clips: dict[str, np.ndarray]) -> Non
 
 def _enlarged(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "i j 3"]:
     return picture.repeat(ENLARGED, axis=0).repeat(ENLARGED, axis=1)
-
-
-def _same_width(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    full = np.full(shape, 255, np.uint8)
-    full[:, : picture.shape[1]] = picture
-    return full
 
 
 def plot_losses(metrics: Path, out: Path) -> None:

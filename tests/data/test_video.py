@@ -76,5 +76,16 @@ def test_contact_sheet(tmp_path):
     assert [int(sheet[14, 2 + 22 * c, 0]) for c in range(3)] == [30, 40, 255]  # a short row ends in white
 
 
+def test_contact_sheet_with_titles_and_narrow_columns(tmp_path):
+    row = [np.full((30, width, 3), value, np.uint8) for width, value in ((100, 10), (1, 20), (40, 30))]
+    write_contact_sheet(tmp_path / "a.png", [row, row], gap=2, titles=["one", "", "three"])
+    sheet = np.asarray(Image.open(tmp_path / "a.png"))[..., 0]
+    head = sheet.shape[0] - (2 + 2 * 32)
+    assert head > 0 and sheet.shape[1] == 2 + 102 + 3 + 42
+    assert [int(sheet[head + 2 + 32 * r, left]) for r in range(2) for left in (2, 104, 107)] == [10, 20, 30] * 2
+    assert (sheet[:head, :104] < 128).any() and (sheet[:head, 107:] < 128).any()  # both titles are written
+    assert (sheet[:head, 60:106] == 255).all()
+
+
 def test_to_uint8_rounds_and_clips():
     np.testing.assert_array_equal(to_uint8(np.array([-0.1, 0, 0.499 / 255, 0.5, 1, 1.1])), [0, 0, 0, 128, 255, 255])
