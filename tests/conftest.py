@@ -1,6 +1,17 @@
-"""The small pipelines of many tests."""
+"""Shape annotations are checked while tests run, where beartype is installed; and the small pipelines of many tests."""
+
+import importlib.util
 
 import pytest
+
+if importlib.util.find_spec("beartype"):
+    from jaxtyping import install_import_hook
+
+    import tests.typechecker  # noqa: F401  the hook looks it up by name
+
+    packages = ["nn", "models", "adapters", "diffusion", "objectives"]
+    install_import_hook([f"sdv_jax.{name}" for name in packages], "tests.typechecker.check")
+
 
 @pytest.fixture(scope="session")
 def tiny_pipeline_folder(tmp_path_factory):
