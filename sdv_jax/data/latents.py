@@ -14,6 +14,8 @@ array, read by memory mapping. An image is a clip of one frame, so pairs and cli
 import dataclasses
 import functools
 import json
+import math
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from sdv_jax.errors import UserError
 MOMENTS = ("mean", "logvar", "reference_mean", "reference_logvar")
 ARRAYS = (*MOMENTS, "text", "empty_text")
 FORMAT_VERSION = 1
+_MAKE = "make it with sdv_jax.data.latents.save"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,14 @@ class LatentDataset:
     scaling_factor: float
 
     def __post_init__(self):
+        ranks = {"text": (2, 3), "empty_text": (1, 2)} | {name: (5,) for name in MOMENTS}
+        if any(getattr(self, name).ndim not in ranks[name] or 0 in getattr(self, name).shape[1:] for name in ARRAYS):
+            raise UserError(
+                f"prepared data: moments have five axes, text two or three, none of them empty; found {_shapes(self)}"
+            )
+        scale = self.scaling_factor
+        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not (math.isfinite(scale) and scale > 0):
+            raise UserError(f"prepared data: scaling_factor is {scale!r}; expected the VAE's, a number above 0")
         n = len(self.captions)
         sizes = {name: len(getattr(self, name)) for name in (*MOMENTS, "text")}
         if n == 0 or set(sizes.values()) != {n}:
@@ -89,23 +100,26 @@ def load(folder: str | Path) -> LatentDataset:
     folder = Path(folder)
     if not (folder / "dataset.json").is_file():
         raise UserError(
-            f'prepared data {folder}: no dataset.json there; make it with `sdv prepare`, or use "small_world"'
+            f'prepared data {folder}: no dataset.json there; {_MAKE}, or use "small_world"'
         )
     try:
         about = json.loads((folder / "dataset.json").read_text())
         if about["format_version"] != FORMAT_VERSION:
             raise UserError(
-                f"prepared data {folder}: format {about['format_version']}, expected {FORMAT_VERSION}; prepare it again"
+                f"prepared data {folder}: format {about['format_version']}, expected {FORMAT_VERSION}; {_MAKE} again"
             )
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
         found = {name: list(array.shape) for name, array in arrays.items()}
         if found != about["shapes"]:
-            raise UserError(f"prepared data {folder}: arrays have shapes {found}, dataset.json says {about['shapes']}")
+            raise UserError(
+                f"prepared data {folder}: arrays have shapes {found}, dataset.json says {about['shapes']}; {_MAKE} again"
+            )
         return LatentDataset(**arrays, captions=tuple(about["captions"]), scaling_factor=about["scaling_factor"])
-    except (OSError, KeyError, ValueError, EOFError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"prepared data {folder}: unreadable ({error}); prepare it again") from error
+    except UserError as error:
+        raise UserError(str(error).replace("prepared data:", f"prepared data {folder}:", 1)) from error
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"prepared data {folder}: unreadable ({told}); {_MAKE} again") from error
 
 
 def row_order(count: int, batch_size: int, position: int, seed: tuple[int, ...]) -> np.ndarray:

@@ -50,6 +50,7 @@ def run(
     data = setup.datasets(config, workdir / "data") if data is None else data
     key = plan.run_key(config)
     parts = parts or setup.parts(config, token_ids=any(dataset.has_token_ids for dataset in data.values()))
+    setup.check_data(config, data, parts.model.transformer.config)
     first = next(iter(data.values()), None)
     objective = setup.objective(config, parts.schedule, first.scaling_factor if first else 1.0)
     schedule = plan.make(config, data, objective, key)

@@ -1,6 +1,7 @@
 """From a configuration to the things a loop needs: datasets, model, objective."""
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from flax import nnx
 
 from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import model_folder
+from sdv_jax.checkpoints.diffusers_folder import parse_component
 from sdv_jax.checkpoints.families import rules_of
 from sdv_jax.data import latents
 from sdv_jax.data.latents import LatentDataset
@@ -57,6 +59,51 @@ def datasets(config: Config, cache: Path) -> dict[str, LatentDataset]:
                 f"data.{name} and the other prepared data are of different models: prepare both with the same one"
             )
     return found
+
+
+def check_data(config: Config, data: Mapping[str, LatentDataset], model: TransformerConfig) -> None:
+    """Raises UserError unless every dataset is what the VAE and the text encoder of this model make."""
+    for name, dataset in data.items():
+        source = getattr(config.data, name)
+        where = f"data.{name} ({source})" if source else f"data.{name}"
+        _check_latents(where, dataset, model)
+        length, width = dataset.text.shape[1], None if dataset.has_token_ids else dataset.text.shape[2]
+        if length != model.max_text_seq_length:
+            raise UserError(
+                f"{where}: text has {length} tokens, expected {model.max_text_seq_length}, the model's "
+                "max_text_seq_length; prepare it with this model's tokenizer and length"
+            )
+        if width not in (None, model.text_embed_dim):
+            raise UserError(
+                f"{where}: text embeddings have width {width}, expected {model.text_embed_dim}, the model's "
+                "text_embed_dim; prepare it with this model's text encoder"
+            )
+        own = _vae_scale(config.model.path) if config.model.path else dataset.scaling_factor
+        if not math.isclose(dataset.scaling_factor, own, rel_tol=1e-4):
+            raise UserError(
+                f"{where}: scaling_factor is {dataset.scaling_factor}, expected {own}, that of the VAE in "
+                f"{config.model.path}; prepare it with this model's VAE"
+            )
+
+
+def _check_latents(where: str, dataset: LatentDataset, model: TransformerConfig) -> None:
+    height, width, channels = dataset.mean.shape[2:]
+    if channels != model.in_channels:
+        raise UserError(
+            f"{where}: latents have {channels} channels, expected {model.in_channels}, the model's in_channels; "
+            "prepare it with this model's VAE"
+        )
+    if height % model.patch_size or width % model.patch_size:
+        raise UserError(
+            f"{where}: latents are {height} x {width} (height x width), expected multiples of {model.patch_size}, the "
+            "model's patch_size; prepare it at another resolution"
+        )
+
+
+def _vae_scale(path: str) -> float:
+    about = model_folder.read_config(path)
+    family = model_folder.family_of(about, Path(path))
+    return parse_component(family, "vae", about["config"]["vae"], Path(path) / "vae" / "config.json").scaling_factor
 
 
 def parts(config: Config, *, token_ids: bool) -> Parts:

@@ -62,6 +62,9 @@ def test_iterating_from_a_step_gives_what_that_step_reads():
         ({"logvar": np.zeros((5, 2, 4, 4, 4))}, "means and log-variances differ"),
         ({"captions": ()}, "found 0 captions"),
         ({"empty_text": np.zeros((2, 8))}, "empty_text"),
+        ({"mean": np.zeros((5, 4, 4, 4))}, "moments have five axes"),
+        ({"reference_mean": np.zeros((5, 0, 4, 4, 4))}, "none of them empty"),
+        ({"scaling_factor": float("nan")}, "scaling_factor is nan"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(changes, expected):
@@ -87,3 +90,23 @@ def test_folders_that_are_not_datasets_are_refused(tmp_path):
     (tmp_path / "mean.npy").unlink()
     with pytest.raises(UserError, match="unreadable"):
         latents.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[]", "unreadable"),
+        ("{}", "unreadable"),
+        ("not json", "unreadable"),
+        ({"captions": 3}, "unreadable"),
+        ({"scaling_factor": "much"}, "scaling_factor is 'much'"),
+        ({"captions": ["one"]}, "one row per caption"),
+    ],
+)
+def test_a_damaged_description_is_one_line_that_names_the_folder(tmp_path, text, expected):
+    latents.save(tiny.dataset(5, frames=1, views=1), tmp_path)
+    about = tmp_path / "dataset.json"
+    about.write_text(text if isinstance(text, str) else json.dumps(json.loads(about.read_text()) | text))
+    with pytest.raises(UserError, match=expected) as error:
+        latents.load(tmp_path)
+    assert str(error.value).startswith(f"prepared data {tmp_path}: ") and "\n" not in str(error.value)

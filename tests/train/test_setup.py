@@ -1,0 +1,58 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sdv_jax.errors import UserError
+from sdv_jax.models.cogvideox.transformer import TransformerConfig
+from sdv_jax.train import loop, setup
+from tests.train import tiny
+
+BASE = "models/small-world-cogvideox"
+
+
+def _resized(dataset, *, moments=(), text=None):
+    """The dataset with zeros of another (h, w, c), or of another (length, width) of text."""
+    changes = {}
+    if moments:
+        for name in ("mean", "logvar", "reference_mean", "reference_logvar"):
+            changes[name] = np.zeros((*getattr(dataset, name).shape[:2], *moments), np.float32)
+    if text:
+        changes |= {"text": np.zeros((len(dataset), *text), np.float32), "empty_text": np.zeros(text, np.float32)}
+    return dataclasses.replace(dataset, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"moments": (4, 4, 6)}, "latents have 6 channels, expected 4, the model's in_channels"),
+        ({"moments": (5, 4, 4)}, "latents are 5 x 4 .*, expected multiples of 2"),
+        ({"moments": (4, 7, 4)}, "latents are 4 x 7 .*, expected multiples of 2"),
+        ({"text": (3, 9)}, "text embeddings have width 9, expected 8"),
+        ({"text": (5, 8)}, "text has 5 tokens, expected 3"),
+    ],
+)
+def test_data_of_another_model_are_refused_before_the_workdir_is_claimed(tmp_path, changes, expected):
+    data = tiny.data()
+    for wrong in ({"motion": _resized(data["motion"], **changes)},
+                  {name: _resized(dataset, **changes) for name, dataset in data.items()}):  # fmt: skip
+        with pytest.raises(UserError, match=expected) as error:
+            loop.run(tiny.config(), tmp_path, data=data | wrong, shown=False)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_scaling_factor_is_that_of_the_vae_of_the_model():
+    config = tiny.config(model__path=BASE, data__motion="clips")
+    model = TransformerConfig(**tiny.TRANSFORMER)
+    dataset = tiny.data()["motion"]
+    with pytest.raises(UserError, match=r"data.motion \(clips\): scaling_factor is 0.7, expected 0.68567"):
+        setup.check_data(config, {"motion": dataset}, model)
+    setup.check_data(config, {"motion": dataclasses.replace(dataset, scaling_factor=0.685671)}, model)
+
+
+def test_token_ids_need_the_length_of_the_model():
+    config, model = tiny.config(), TransformerConfig(**tiny.TRANSFORMER)
+    setup.check_data(config, tiny.data(token_ids=True), model)
+    with pytest.raises(UserError, match="text has 3 tokens, expected 4"):
+        setup.check_data(config, tiny.data(token_ids=True), dataclasses.replace(model, max_text_seq_length=4))
