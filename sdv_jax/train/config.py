@@ -157,12 +157,13 @@ BELOW_ONE = ("motion.token_drop", "lora.dropout", "train.ema_decay", "optimizer.
 POSITIVE = (
     "small_world.pairs", "small_world.clips", "train.steps", "train.save_every", "train.keep", "train.log_every",
     "identity.batch_size", "motion.batch_size", "text_to_video.batch_size", "lora.rank", "lora.alpha",
-    "optimizer.learning_rate", "optimizer.clip", "optimizer.cycles", "noise.logit_std",
+    "optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip", "optimizer.cycles", "noise.logit_std",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "train.seed", "small_world.seed", "train.sample_every", "text_to_video.image_batch_size", "optimizer.warmup",
+    "train.sample_every", "text_to_video.image_batch_size", "optimizer.warmup",
     "optimizer.decay_steps", "optimizer.weight_decay",
 )  # fmt: skip
+SEEDS, MOST_SEEDS = ("train.seed", "small_world.seed"), 2**32  # a key of jax.random takes 32 bits of its seed
 
 
 def load(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Config:
@@ -221,15 +222,16 @@ def _run_file(path: Path) -> dict[str, Any]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.get_config().to_dict()
-    except (AttributeError, KeyError, TypeError, ImportError, SyntaxError) as error:
-        raise UserError(f"config {path}: {_first_line(error)}") from error
+    except Exception as error:  # whatever the user's own Python raises
+        raise UserError(f"config {path}: {_first_line(error)}; correct the file") from error
     finally:
         for root in roots:
             sys.path.remove(root)
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error.args[0] if error.args else error).splitlines()[0]}"
+    first = str(error.args[0] if error.args else error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _override(tree: dict, key: str, new: Any) -> None:
@@ -237,8 +239,10 @@ def _override(tree: dict, key: str, new: Any) -> None:
     node = tree
     for parent in parents:
         node = node.get(parent) if isinstance(node, dict) else None
+    if isinstance(node, dict) and isinstance(node.get(name), dict):
+        raise UserError(f"config key {key!r} is a table, found {new!r} for it as a whole; set {key}.KEY one by one")
     in_table = len(parents) > 1  # such as model.transformer.num_layers, whose keys the model checks
-    if not isinstance(node, dict) or (name not in node and not in_table) or isinstance(node.get(name), dict):
+    if not isinstance(node, dict) or (name not in node and not in_table):
         raise _unknown(key, _leaves(tree))
     if not isinstance(new, str):
         node[name] = new
@@ -286,7 +290,7 @@ def _convert(kind: Any, raw: Any, key: str) -> Any:
             raise _wrong_type(key, raw, dict)
         return dict(raw)
     if kind == tuple[str, ...]:
-        if isinstance(raw, str) or not all(isinstance(item, str) for item in raw):
+        if not isinstance(raw, list | tuple) or not all(isinstance(item, str) for item in raw):
             raise _wrong_type(key, raw, tuple)
         return tuple(raw)
     if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
@@ -331,6 +335,8 @@ def _check_ranges(config: Config) -> None:
         (BELOW_ONE, lambda x: 0 <= x < 1, "a number from 0 to below 1"),
         (POSITIVE, lambda x: x > 0, "a number above 0"),
         (NOT_NEGATIVE, lambda x: x >= 0, "0 or more"),
+        (SEEDS, lambda x: 0 <= x < MOST_SEEDS, f"0 to {MOST_SEEDS - 1}"),
+        (("lora.targets",), len, "at least one name of a layer, such as ('to_q',)"),
     ]
     for keys, holds, expected in rules:
         for key in keys:

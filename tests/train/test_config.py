@@ -64,7 +64,17 @@ def test_overrides_from_the_command_line_and_from_python_agree():
         ("--config.train.stepz=3", "config key 'train.stepz' does not exist: did you mean train.steps"),
         ("--config.rank=3", "config key 'rank' does not exist: did you mean lora.rank?"),
         ("--config.quux.zzz=3", "config key 'quux.zzz' does not exist: configs/base.py holds every key"),
-        ("--config.train=3", "config key 'train' does not exist"),
+        ("--config.train=3", "config key 'train' is a table, found '3' for it as a whole; set train.KEY"),
+        ("--config.model.transformer={}", "'model.transformer' is a table, found '{}' for it as a whole; set model.tr"),
+        ("--config.train.seed=-1", "config key 'train.seed': expected 0 to 4294967295, found -1"),
+        ("--config.train.seed=4294967296", "config key 'train.seed': expected 0 to 4294967295, found 4294967296"),
+        ("--config.train.seed=9223372036854775808", "config key 'train.seed': expected 0 to 4294967295"),
+        ("--config.small_world.seed=4294967296", "config key 'small_world.seed': expected 0 to 4294967295"),
+        ("--config.optimizer.epsilon=0", "config key 'optimizer.epsilon': expected a number above 0, found 0.0"),
+        ("--config.lora.targets=5", "config key 'lora.targets': expected tuple, found 5"),
+        ("--config.lora.targets=None", "config key 'lora.targets': expected tuple, found None"),
+        ("--config.lora.targets=[]", "config key 'lora.targets': expected at least one name of a layer"),
+        ("--config.lora.targets={'to_q': 1}", "config key 'lora.targets': expected tuple, found {'to_q': 1}"),
         ("--config.train.steps=many", "config key 'train.steps': expected int, found 'many'"),
         ("--config.train.steps=1.5", "config key 'train.steps': expected int, found 1.5"),
         ("--config.train.steps=0", "config key 'train.steps': expected a number above 0, found 0"),
@@ -96,6 +106,15 @@ def test_a_file_with_a_misspelt_key_is_told_apart(tmp_path):
         "from configs import base\ndef get_config():\n    c = base.get_config()\n    c.train.steps = 3\n    return c\n"
     )
     assert configs.load(path).train.steps == 3
+
+
+@pytest.mark.parametrize("body", ["raise OSError('no disk')", "1 / 0", "raise ValueError", "return None", "x ="])
+def test_whatever_a_config_file_raises_is_one_line(tmp_path, body):
+    path = tmp_path / "mine.py"
+    path.write_text(f"def get_config():\n    {body}\n")
+    with pytest.raises(UserError) as error:
+        configs.load(path)
+    assert _line(error).startswith(f"config {path}: ") and "Error" in str(error.value)
 
 
 def test_no_such_file():
