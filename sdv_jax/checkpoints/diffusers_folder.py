@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sdv_jax.checkpoints.engine import Source, match
 from sdv_jax.checkpoints.families import FAMILIES, Family
 from sdv_jax.checkpoints.safetensors_io import open_folder
 from sdv_jax.errors import UserError
+from sdv_jax.models.text.tokenizer import vocabulary_size
 
 FORMAT_VERSION = 1
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -61,10 +62,7 @@ def read_config(folder: Path) -> dict:
     raise_all(errors)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     _check_scheduler(family, scheduler, folder / "scheduler" / "scheduler_config.json")
-    if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-        raise UserError(
-            f"{folder / 'tokenizer'}: no tokenizer_config.json; the tokenizer's folder is missing or incomplete"
-        )
+    check_tokenizer(folder / "tokenizer", raw["text_encoder"])
     return {
         "format_version": FORMAT_VERSION,
         "family": family.name,
@@ -97,12 +95,25 @@ def parse_component(family: Family, name: str, raw: dict, where: Path):
     return component.parse(raw, where)
 
 
+def check_tokenizer(folder: Path, text_encoder: Mapping) -> None:
+    """Raises UserError for a tokenizer folder that is incomplete or damaged, or has more tokens than the config's."""
+    if not (folder / "tokenizer_config.json").is_file():
+        raise UserError(f"{folder}: no tokenizer_config.json; the tokenizer's folder is missing or incomplete")
+    found, most = vocabulary_size(folder), text_encoder.get("vocab_size")
+    if isinstance(most, int) and found > most:
+        raise UserError(
+            f"{folder}: {found} tokens, expected at most {most} (vocab_size of the text encoder); use its own tokenizer"
+        )
+
+
 def read_json(file: Path) -> dict:
     """The object in `file`; UserError if it is missing or not a JSON object."""
     try:
         content = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; the model's folder is incomplete") from None
+    except RecursionError:
+        raise UserError(f"{file}: not readable as JSON (its brackets nest too deep); restore the file") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: not readable as JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):

@@ -173,6 +173,10 @@ def put(name: str, value):
     return change
 
 
+def _list_tokens(file, count: int) -> None:
+    file.write_text(json.dumps({"model": {"vocab": [[str(i), 0.0] for i in range(count)]}}))
+
+
 QKV = "transformer_blocks.1.attn1.to_k.weight"
 REFUSALS = {
     "missing tensor": (spoil("transformer", lambda t: t.pop(QKV)), f"missing {QKV} (32, 32)"),
@@ -227,6 +231,19 @@ REFUSALS = {
     ),
     "no scheduler": (lambda s: shutil.rmtree(s / "scheduler"), "scheduler_config.json: no such file"),
     "no tokenizer": (lambda s: shutil.rmtree(s / "tokenizer"), "no tokenizer_config.json"),
+    "tokenizer without vocabulary": (
+        lambda s: (s / "tokenizer/tokenizer.json").unlink(),
+        "tokenizer: no vocabulary, neither spiece.model nor tokenizer.json",
+    ),
+    "damaged vocabulary": (
+        lambda s: (s / "tokenizer/spiece.model").write_bytes(b"\x0a\x50"),
+        "tokenizer/spiece.model: damaged (",
+    ),
+    "tokenizer of another model": (
+        lambda s: _list_tokens(s / "tokenizer/tokenizer.json", 129),
+        "tokenizer: 129 tokens, expected at most 128 (vocab_size of the text encoder)",
+    ),
+    "json without end": (lambda s: (s / "vae/config.json").write_text('{"a":' * 100_000), "brackets nest too deep"),
 }
 
 

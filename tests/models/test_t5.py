@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ from flax import nnx
 
 from sdv_jax.errors import UserError
 from sdv_jax.models.text.t5 import T5Config, T5Encoder
-from sdv_jax.models.text.tokenizer import Tokenizer
+from sdv_jax.models.text.tokenizer import Tokenizer, vocabulary_size
+from sdv_jax.small_world import build_tokenizer
 
 XXL = {  # the keys of CogVideoX's text_encoder/config.json, in part of no use to an encoder
     "model_type": "t5",
@@ -158,6 +161,46 @@ def test_refused_folders(tmp_path):
     with pytest.raises(UserError, match="has no tokenizer_config.json"):
         Tokenizer(tmp_path / "absent")
     (tmp_path / "tokenizer_config.json").write_text("{")
+    build_tokenizer(tmp_path / "whole")
+    shutil.copy(tmp_path / "whole" / "spiece.model", tmp_path)
     with pytest.raises(UserError, match="cannot read") as caught:
         Tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+NO_VOCABULARY = {
+    "nothing": ({"spiece.model": None}, "no vocabulary, neither spiece.model nor tokenizer.json"),
+    "empty": ({"spiece.model": b""}, r"spiece\.model: damaged \("),
+    "cut in a piece": ({"spiece.model": 500}, r"spiece\.model: damaged \("),
+    "cut between two pieces": ({"spiece.model": 213}, r"spiece\.model: damaged \(it ends before"),
+    "no protobuf": ({"spiece.model": b"\xff" * 99}, r"spiece\.model: damaged \("),
+    "no json": ({"spiece.model": None, "tokenizer.json": b"{"}, r"tokenizer\.json: damaged \("),
+    "no model": ({"spiece.model": None, "tokenizer.json": b"{}"}, r"tokenizer\.json: damaged \(no model"),
+    "no tokens": (
+        {"spiece.model": None, "tokenizer.json": b'{"model": {"vocab": []}}'},
+        r"tokenizer\.json: damaged \(no vocabulary",
+    ),
+    "deep json": ({"tokenizer.json": b"[" * 100_000}, r"tokenizer\.json: damaged \("),
+}
+
+
+@pytest.mark.parametrize("case", NO_VOCABULARY)
+def test_a_tokenizer_without_a_whole_vocabulary(tmp_path, capfd, case):
+    """Every prompt would be unknown tokens, or the reason a package that has nothing to do with it."""
+    files, message = NO_VOCABULARY[case]
+    build_tokenizer(tmp_path)
+    whole = (tmp_path / "spiece.model").read_bytes()
+    for name, content in files.items():
+        if content is None:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_bytes(whole[:content] if isinstance(content, int) else content)
+    with pytest.raises(UserError, match=f"^{re.escape(str(tmp_path))}.*{message}") as caught:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_vocabulary_is_counted(folder, tmp_path):
+    assert vocabulary_size(folder) == 10
+    assert build_tokenizer(tmp_path) == vocabulary_size(tmp_path)
