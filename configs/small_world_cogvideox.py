@@ -1,8 +1,8 @@
-"""The subject adapter on the small world: a LoRA on the shipped base, identity and motion with p = 0.2, as paper A trains.
+"""The subject adapter on the small world: a LoRA on the shipped base, identity and motion with p = 0.2, as in paper A.
 
-Target: on held-out subjects the adapted model closes at least half of the identity gap between the base and the true clips, and
-keeps at least 80% of the base's motion following. Reached: 62% and 98%. Duration: 50 minutes on two CPU cores; `make demo` does the
-last 150 steps only.
+Target: on held-out subjects the adapted model closes at least half of the identity gap between the base and the true
+clips, and keeps at least 80% of the base's motion following. Reached: 62% and 98%. Duration: 50 minutes on two CPU
+cores; `make demo` does the last 150 steps only.
 
     sdv train --config configs/small_world_cogvideox.py --workdir runs/small_world
 """
@@ -21,7 +21,8 @@ def get_config():
     config.train.ema_decay = 0.995
     config.train.save_every = 250
     config.identity.batch_size = 64
-    config.identity.view_drop = 0.1  # without a reference the small base already draws good subjects: there is less to keep than in the paper
+    # Without a reference the small base already draws good subjects: there is less to keep than in the paper.
+    config.identity.view_drop = 0.1
     config.motion.batch_size = 32
 
     config.lora.rank = 32

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, options.overrides = parser.parse_known_args(arguments)
         if options.overrides and options.run is not _train:
             options.parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
-        options.run(options)
+        return options.run(options) or 0
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -51,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         logger.removeHandler(notes)
         logger.propagate = True
-    return 0
 
 
 def _fail(message: str) -> int:
@@ -94,7 +93,7 @@ def _export_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--adapter", help="export this adapter instead; then only OUT.safetensors follows")
     command.add_argument(
-        "--format", metavar="diffusers|comfyui|peft", default="diffusers", help="key names of the adapter file"
+        "--format", metavar="diffusers|comfyui|peft", help="key names of the adapter file (default: diffusers)"
     )
     command.add_argument(
         "--adapter-alpha", type=float, metavar="A", help="alpha of an adapter that does not say it (default: its rank)"
@@ -109,8 +108,11 @@ def _export(options: argparse.Namespace) -> None:
     if options.adapter:
         from sdv_jax.checkpoints import adapter_files
 
-        adapter_files.export(options.adapter, options.paths[0], format=options.format, alpha=options.adapter_alpha)
+        format = options.format or "diffusers"
+        adapter_files.export(options.adapter, options.paths[0], format=format, alpha=options.adapter_alpha)
     else:
+        if options.format is not None or options.adapter_alpha is not None:
+            raise UserError("--format and --adapter-alpha are about an adapter; give --adapter too, or neither")
         from sdv_jax.checkpoints.convert import export
 
         export(*options.paths)
@@ -141,6 +143,8 @@ def _sample_arguments(command: argparse.ArgumentParser) -> None:
     add(
         "--adapter-alpha", type=float, metavar="A", help="alpha of a LoRA file that does not say it (default: its rank)"
     )
+    streams = "tokens that the adapter's adaLN layers act on (default: as it says, else all)"
+    add("--adapter-adaln", metavar="all|reference", help=streams)
     add("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     add("--height", type=int, metavar="H", help="pixels (default: the model's own)")
     add("--width", type=int, metavar="W", help="pixels (default: the model's own)")
@@ -164,9 +168,12 @@ def _sample(options: argparse.Namespace) -> None:
 
     out = check_writable(options.out, what="video")
     if out.suffix.lower() != ".mp4":
-        raise UserError(
-            f"--out {out} does not end in .mp4; videos are written as mp4, name it {out.with_suffix('.mp4').name}"
-        )
+        better = f"{out.name.strip('.')}.mp4" if out.name.startswith(".") else out.with_suffix(".mp4").name
+        raise UserError(f"--out {out} does not end in .mp4; videos are written as mp4, name it {better}")
+    sheet = check_writable(out.with_suffix(".png"), what="contact sheet")
+    for path in (out, sheet):
+        if any(path.exists() and os.path.exists(r) and os.path.samefile(path, r) for r in options.reference):
+            raise UserError(f"--out {out} would replace the reference image {path}; choose another name")
     check_fps(options.fps)
     check_choice(options.reference_fit, "reference fit", FITS)
     check_choice(options.dtype, "dtype", DTYPES)
@@ -185,6 +192,7 @@ def _sample(options: argparse.Namespace) -> None:
         options.model,
         adapter=options.adapter,
         adapter_alpha=options.adapter_alpha,
+        adapter_adaln=options.adapter_adaln,
         dtype=options.dtype,
         progress=not options.quiet,
     )
@@ -204,9 +212,9 @@ def _sample(options: argparse.Namespace) -> None:
     count = min(len(frames), SHEET_FRAMES)
     shown += [frames[round(i * (len(frames) - 1) / max(count - 1, 1))] for i in range(count)]
     write_video(out, frames, fps=options.fps)
-    write_contact_sheet(out.with_suffix(".png"), [shown])
+    write_contact_sheet(sheet, [shown])
     amount = f"{len(frames)} frame{'s' * (len(frames) > 1)}"
-    print(f"{out}  {amount} of {width}x{height}, contact sheet {out.with_suffix('.png')}")
+    print(f"{out}  {amount} of {width}x{height}, contact sheet {sheet}")
 
 
 # MARK: train, demo
@@ -220,13 +228,14 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
     command.epilog = "--config.SECTION.KEY=VALUE sets a key of the config, for example --config.train.steps=100."
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
     from sdv_jax import training
     from sdv_jax.data.files import make_folder
     from sdv_jax.train import config
 
     loaded = config.load(options.config, options.overrides)
-    training.train(loaded, make_folder(options.workdir, what="workdir"))
+    workdir = make_folder(options.workdir, what="workdir")
+    return training.tell(training.train(loaded, workdir), loaded, workdir)
 
 
 def _demo_arguments(command: argparse.ArgumentParser) -> None:

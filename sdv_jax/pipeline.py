@@ -12,6 +12,7 @@ of the tests would be first.
 
 import dataclasses
 import logging
+import numbers
 import os
 import pathlib
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from sdv_jax.request import (
     DTYPES,
     OUTPUTS,
     SCHEDULERS,
+    STREAMS,
     Geometry,
     Request,
     check_array,
@@ -91,7 +93,7 @@ class Pipeline:
         self,
         prompt: str | Sequence[str],
         reference=None,
-        negative_prompt: str | Sequence[str] = "",
+        negative_prompt: str | Sequence[str] | None = "",
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
@@ -115,7 +117,7 @@ class Pipeline:
           prompt: a text or a list of them. A text of more tokens than the model reads is cut, with a warning.
           reference: a picture of the subject (path, Pillow image, array [h, w, 3] of uint8 or of floats in [0, 1]),
             several as a list or as [k, h, w, 3]; every video of the batch sees all of them.
-          negative_prompt: what to steer away from; one text, or one per prompt.
+          negative_prompt: what to steer away from; one text, or one per prompt; None is "".
           height, width, num_frames: in pixels and frames. Where absent: as `latents` have them, else the model's own.
             num_frames is 1 + a multiple of 8 (of 4 compressed in time). Of 5, 13, 21, ... the VAE makes 8, 16, 24, ...,
             as diffusers has it, and a warning tells so.
@@ -131,7 +133,7 @@ class Pipeline:
           progress: show what is being done on stderr. `self.seconds` is filled either way.
 
         Raises:
-          UserError: one line, before anything is computed.
+          UserError: one line, before anything is computed; or after denoising, if the numbers overflowed.
         """
         check_choice(output, "output", OUTPUTS)
         request = check_request(
@@ -158,6 +160,11 @@ class Pipeline:
             scales = dynamic_scale(request.guidance, solver.timesteps) if dynamic_guidance else request.guidance
             scales = np.broadcast_to(np.asarray(scales, np.float32), (request.steps,))
             result = self._denoise_all(request, solver, start, text, pictures, scales, noise, bars)
+            if not jnp.isfinite(result).all():
+                raise UserError(
+                    "the denoised latents hold NaN or infinite values; lower the guidance, "
+                    "check the adapter, or use float32"
+                )
             if output == "video":
                 result = self._decode(result * (1 / self.scaling_factor), tiles=tiles, bars=bars)
                 result = np.clip(np.asarray(result, np.float32) / 2 + 0.5, 0, 1)
@@ -184,6 +191,7 @@ class Pipeline:
         check_array(text_embeddings, "text_embeddings", [batch, "s", self.text_width])
         if np.shape(timesteps) != (batch,):
             raise UserError(f"timesteps has shape {np.shape(timesteps)}; expected [{batch}], one per example")
+        check_array(timesteps, "timesteps", [batch])
         if reference_latents is not None:
             check_array(reference_latents, "reference_latents", [batch, "k", height, width, g.channels])
             reference_latents = self._put(reference_latents)
@@ -356,6 +364,7 @@ def load_pipeline(
     dtype: str = "float32",
     mesh=None,
     *,
+    adapter_adaln: str | None = None,
     progress: bool = True,
 ) -> Pipeline:
     """The model in `path`, a converted folder or a diffusers pipeline folder, ready to be called.
@@ -363,6 +372,8 @@ def load_pipeline(
     Args:
       adapter: a LoRA: a folder that training left, or a .safetensors file of diffusers or PEFT.
       adapter_alpha: for files that do not say; absent means alpha = rank.
+      adapter_adaln: which tokens an adapter of the adaLN linears acts on, "all" or "reference" (the reference's only);
+        absent: as the adapter says, "all" where it says nothing, which is how paper A's released runs were trained.
       dtype: of weights and computation, "float32" or "bfloat16".
       mesh: where to spread the weights, with the axes that the family's sharding table names; None is one device.
 
@@ -370,8 +381,18 @@ def load_pipeline(
       UserError: one line, for anything that is wrong with the folder, the adapter or how the two fit.
     """
     check_choice(dtype, "dtype", DTYPES)
-    if adapter is None and adapter_alpha is not None:
-        raise UserError("adapter_alpha is given without an adapter; give both, or neither")
+    for name, value in (("path", path), ("adapter", adapter)):
+        if not isinstance(value, (str, os.PathLike)) and (name == "path" or value is not None):
+            raise UserError(f"{name} is of type {type(value).__name__}; expected a path")
+    if adapter_alpha is not None and not isinstance(adapter_alpha, numbers.Real):
+        raise UserError(f"adapter_alpha is {adapter_alpha!r}; expected a number")
+    if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
+        raise UserError(f"mesh is of type {type(mesh).__name__}; expected a jax.sharding.Mesh")
+    for name, value in (("adapter_alpha", adapter_alpha), ("adapter_adaln", adapter_adaln)):
+        if adapter is None and value is not None:
+            raise UserError(f"{name} is given without an adapter; give both, or neither")
+    if adapter_adaln is not None:
+        check_choice(adapter_adaln, "adapter_adaln", STREAMS)
     bars = Progress(shown=progress)
     config = model_folder.read_config(path)
     file = None if adapter is None else adapter_files.find_file(adapter)  # missed before gigabytes are read
@@ -383,7 +404,8 @@ def load_pipeline(
     adaln_lora = "all"
     if file is not None:
         with bars.stage("loading adapter"):
-            adaln_lora = adapter_files.load(parts["transformer"], file, alpha=adapter_alpha).adaln_lora
+            stated = adapter_files.load(parts["transformer"], file, alpha=adapter_alpha).adaln_lora
+            adaln_lora = adapter_adaln or stated
             _replicate_adapter(parts["transformer"], mesh)
     return Pipeline(
         **parts,

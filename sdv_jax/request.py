@@ -14,6 +14,7 @@ STEPS, GUIDANCE = 50, 6.0  # the defaults of diffusers' CogVideoXPipeline
 OUTPUTS = ("video", "latents")
 DTYPES = ("float32", "bfloat16")
 SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
+STREAMS = ("all", "reference")  # what an adapter of the adaLN linears acts on
 _SEEDS = 2**32
 
 
@@ -107,8 +108,9 @@ def check_request(
       UserError: one line for the first thing that is wrong.
     """
     prompts = _texts(prompt, "prompt")
+    negative_prompt = "" if negative_prompt is None else negative_prompt
     negatives = (
-        [negative_prompt] * len(prompts)
+        _texts(negative_prompt, "negative_prompt") * len(prompts)
         if isinstance(negative_prompt, str)
         else _texts(negative_prompt, "negative_prompt")
     )
@@ -117,7 +119,7 @@ def check_request(
             f"negative_prompt has {len(negatives)} texts for {len(prompts)} prompts; give one, or one per prompt"
         )
     own = geometry.num_frames, geometry.height, geometry.width
-    if latents is not None and np.ndim(latents) == 5:
+    if latents is not None and len(_shape(latents, "latents")) == 5:
         own = geometry.pixel_sizes(np.shape(latents))
     num_frames, height, width = (own[i] if value is None else value for i, value in enumerate(size))
     return Request(
@@ -134,7 +136,7 @@ def check_request(
 
 def check_array(array, name: str, shape: Sequence[int | str]) -> None:
     """Raises UserError unless `array` holds finite numbers in `shape`, where a text is any size of 1 or more."""
-    found = np.shape(array)
+    found = _shape(array, name)
     fits = len(found) == len(shape) and all(
         isinstance(want, str) or want == have for want, have in zip(shape, found, strict=True)
     )
@@ -166,12 +168,24 @@ def check_video_size(shape: tuple[int, ...], geometry: Geometry) -> None:
         _multiple(value, name, geometry.spatial)
 
 
+def _shape(array, name: str) -> tuple[int, ...]:
+    try:
+        return np.shape(array)
+    except ValueError as error:
+        raise UserError(f"{name} is not an array: its rows have different lengths") from error
+
+
 def _texts(value, name: str) -> list[str]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{name} is of type {type(value).__name__}; expected a text or a list of texts")
     if not texts:
         raise UserError(f"{name} is an empty list; give at least one text")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{name} {ascii(text)} is not valid UTF-8; type it anew") from error
     return list(texts)
 
 
@@ -216,7 +230,9 @@ def _steps(value, train_timesteps: int) -> int:
 
 
 def _guidance(value) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0:
+    # finite also as the float32 that the model computes with
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0 <= value <= np.finfo(np.float32).max:
         raise UserError(f"guidance is {value!r}; expected a finite number of at least 0 (1 and below switch it off)")
     return float(value)
 

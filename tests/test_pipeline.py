@@ -16,6 +16,7 @@ from sdv_jax.checkpoints import adapter_files
 from sdv_jax.checkpoints.rules import cogvideox as rules
 from sdv_jax.data.images import fit_image
 from sdv_jax.models.cogvideox.vae import Tiling
+from sdv_jax.errors import UserError
 from sdv_jax.pipeline import load_pipeline
 from sdv_jax.request import Geometry, check_request
 from tests.tiny_pipeline import save_pipeline
@@ -206,6 +207,36 @@ def test_bfloat16_stays_close_to_float32(folder, pipe):
     noise = np.random.default_rng(0).normal(size=(1, 3, 4, 6, 4)).astype(np.float32)
     ours, exact = run(narrow, latents=noise), run(pipe, latents=noise)
     assert ours.dtype == np.float32 and 0 < np.abs(ours - exact).max() < 0.1 * np.abs(exact).max()
+
+
+def test_streams_of_the_adaln_layers(folder, tmp_path, picture):
+    """What is asked for wins over a file that says nothing, and equals a folder that says it."""
+    from sdv_jax.checkpoints import model_folder
+
+    transformer = model_folder.load_component(folder, "transformer")
+    config = lora.LoraConfig(rank=2, alpha=2, targets=("norm1.linear",))
+    lora.add(transformer, config, names=NAMES, rngs=nnx.Rngs(0))
+    for _, layer in lora.adapted(transformer):
+        layer.lora.b[...] = jnp.ones_like(layer.lora.b[...])
+    for streams in ("all", "reference"):
+        adapter_files.save(transformer, tmp_path / streams, adaln_lora=streams)
+    all_streams, asked, stated = (
+        run(load_pipeline(folder, adapter=tmp_path / name, adapter_adaln=option, progress=False), reference=picture)
+        for name, option in (("all", None), ("all", "reference"), ("reference", None))
+    )
+    np.testing.assert_array_equal(asked, stated)
+    assert np.abs(asked - all_streams).max() > 1e-3
+
+
+def test_numbers_that_overflow_are_told(pipe):
+    shape = (1, *pipe.geometry.latent_shape(9, 16, 24))
+    with pytest.raises(UserError, match="denoised latents hold NaN"):
+        run(pipe, latents=np.full(shape, 3e38))
+
+
+def test_no_negative_prompt_is_the_empty_one(pipe):
+    options = {"output": "latents", "guidance": 3.0}
+    np.testing.assert_array_equal(run(pipe, negative_prompt=None, **options), run(pipe, **options))
 
 
 def test_tiles_change_little(pipe, monkeypatch):

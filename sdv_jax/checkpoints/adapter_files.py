@@ -40,6 +40,7 @@ FORMAT_VERSION = 1
 _WEIGHT_NAMES = (WEIGHTS, "pytorch_lora_weights_transformer.safetensors", "adapter_model.safetensors")
 _PEFT_CONFIG = "adapter_config.json"
 _HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's config, its keys behind the component's name
+_STREAMS_KEY = "sdv_jax.adaln_lora"  # ours: no other tool knows of streams
 _PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
 _HALF = re.compile(r"(?P<module>.+?)\.lora[_.](?P<half>A|B|down|up)(\.(?!weight$)[^.]+)?\.weight")
 _ALPHA = re.compile(r"(?P<module>.+)\.alpha")
@@ -149,11 +150,14 @@ def export(adapter: str | os.PathLike, out: str | os.PathLike, *, format: str = 
         if path.exists():
             raise UserError(f"{path} is already there; remove it or choose another name")
     file = find_file(adapter)
-    modules, _ = _read(file, alpha)
+    modules, info = _read(file, alpha)
+    streams = {} if info.adaln_lora == "all" else {_STREAMS_KEY: info.adaln_lora}
+    if streams and any(".norm" in name for name in modules):
+        logger.warning("%s: its adaLN layers are for reference tokens; other tools apply them to every token", out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: (_finite(file, m.a), _finite(file, m.b), m.scale) for name, m in modules.items()}
-        config = _write(out, arrays, format, where=str(file))
+        config = _write(out, arrays, format, where=str(file), notes=streams)
         for path in beside:
             write_json(path, config)
     except OSError as error:
@@ -201,7 +205,7 @@ def _read(file: Path, alpha: float | None) -> tuple[dict[str, _Module], AdapterI
         own = _finite(file, alphas[name]) if name in alphas else None
         modules[name] = _Module(a, b, _scale(file, name, a.shape[0], config, own, None if info else alpha))
     rank = max(module.rank for module in modules.values())
-    return modules, info or AdapterInfo(rank, float(alpha or rank))
+    return modules, info or AdapterInfo(rank, float(alpha or rank), adaln_lora=_stated_streams(file))
 
 
 def _sort(file: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, list[Tensor | None]], dict[str, Tensor]]:
@@ -247,21 +251,34 @@ def _bare(module: str) -> str:
 
 def _stated_config(file: Path) -> dict:
     """PEFT's config of this adapter, from the file's header (diffusers) or the file beside it (PEFT); {} if neither."""
-    with open(file, "rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
-    where, text = f"{file}: header entry {_HEADER_KEY}", (header.get("__metadata__") or {}).get(_HEADER_KEY)
+    where, text = f"{file}: header entry {_HEADER_KEY}", _metadata(file).get(_HEADER_KEY)
     beside = file.with_name(_PEFT_CONFIG)
     if text is None and file.name == "adapter_model.safetensors" and beside.is_file():
-        where, text = str(beside), beside.read_text()
+        where, text = str(beside), beside.read_text(errors="replace")
     if text is None:
         return {}
     return {key.removeprefix("transformer."): value for key, value in _json_object(text, where).items()}
 
 
+def _stated_streams(file: Path) -> str:
+    """The `adaln_lora` that `export` left in the header; "all" for files of other tools."""
+    value = _metadata(file).get(_STREAMS_KEY, "all")
+    if value not in ("all", "reference"):
+        raise UserError(f"{file}: header entry {_STREAMS_KEY} is {value!r}; expected all or reference")
+    return value
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    """The free texts of a safetensors header that `read_header` has found good."""
+    with open(file, "rb") as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+    return header.get("__metadata__") or {}
+
+
 def _info_of(file: Path) -> AdapterInfo | None:
     """The `adapter.json` that belongs to the file."""
     path = file.with_name(INFO)
-    if file.name != WEIGHTS or not path.is_file():
+    if file.name not in _WEIGHT_NAMES or not path.is_file():
         return None
     raw = _json_object(path.read_text(), str(path))
     if raw.pop("format_version", None) != FORMAT_VERSION:
@@ -289,16 +306,22 @@ def _scale(file: Path, name: str, rank: int, config: Mapping, own: np.ndarray | 
     """What the update of `name` is multiplied by: after its own alpha, else PEFT's config, else `given`, else 1."""
     try:
         if own is not None:
-            return float(own.reshape(())) / rank
+            return _positive(own.reshape(())) / rank
         if "lora_alpha" not in config:
             return 1.0 if given is None else given / rank
         patterns = config.get("alpha_pattern") or {}
         # PEFT: the first pattern that is the end of the name, from a dot on.
         hit = next((p for p in patterns if re.match(rf"(.*\.)?({p})$", name)), None)
-        alpha = float(config["lora_alpha"] if hit is None else patterns[hit])
+        alpha = _positive(config["lora_alpha"] if hit is None else patterns[hit])
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise UserError(f"{file}: the alpha stated for {name} makes no sense ({error})") from error
+
+
+def _positive(alpha) -> float:
+    if not (math.isfinite(float(alpha)) and alpha > 0):
+        raise ValueError(f"it is {float(alpha):g}; expected a positive number")
+    return float(alpha)
 
 
 def _finite(file: Path, tensor: Tensor) -> np.ndarray:
@@ -389,8 +412,9 @@ def _of_model(model: nnx.Module, rules: Rules) -> Iterator[tuple[str, tuple[np.n
 # MARK: writing
 
 
-def _write(file: Path, modules: Mapping[str, tuple[np.ndarray, np.ndarray, float]], format: str, *, where: str) -> dict:
-    """Writes (A, B, scale) per module at scale 1 and one rank, and returns PEFT's config of the file."""
+def _write(file: Path, modules: Mapping[str, tuple[np.ndarray, np.ndarray, float]], format: str, *, where: str,
+           notes: Mapping[str, str] | None = None) -> dict:
+    """Writes (A, B, scale) per module at scale 1 and one rank; returns PEFT's config. `notes` join the header."""
     rank = max(a.shape[0] for a, _, _ in modules.values())
     outputs = []
     for name, (a, b, scale) in modules.items():
@@ -405,5 +429,5 @@ def _write(file: Path, modules: Mapping[str, tuple[np.ndarray, np.ndarray, float
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(modules)}
     front = "transformer." if _WRITTEN_PREFIX[format] == "transformer." else ""
     header = {front + key: value for key, value in config.items() if key != "peft_type"}
-    write_file(file, outputs, metadata={_HEADER_KEY: json.dumps(header, indent=2, sort_keys=True)})
+    write_file(file, outputs, metadata={_HEADER_KEY: json.dumps(header, indent=2, sort_keys=True)} | dict(notes or {}))
     return config

@@ -18,16 +18,31 @@ from sdv_jax.sharding import dotted
 _DIFFUSERS = "0.31.0"  # the version whose config files ours equal in keys
 
 
-def save_pipeline(out: str | os.PathLike, family: Family, modules: Mapping[str, nnx.Module], configs: Mapping[str, Mapping], *,
-                  scheduler: Mapping, tokenizer: str | os.PathLike) -> None:
+def save_pipeline(
+    out: str | os.PathLike,
+    family: Family,
+    modules: Mapping[str, nnx.Module],
+    configs: Mapping[str, Mapping],
+    *,
+    scheduler: Mapping,
+    tokenizer: str | os.PathLike,
+) -> None:
     """Writes the new folder `out`, which diffusers loads as `family.pipeline`.
 
     `modules` and `configs` are keyed by component; a config is the content of its config.json (see `diffusers_config`).
-    `scheduler` is the content of scheduler_config.json, `tokenizer` a folder to copy. Raises UserError where `out` exists.
+    `scheduler` is the content of scheduler_config.json, `tokenizer` a folder to copy. Raises UserError where `out`
+    exists.
     """
-    outputs = {name: _outputs(modules[name], component.rules(modules[name].config)) for name, component in family.components.items()}
-    index = {"_class_name": family.pipeline, "_diffusers_version": _DIFFUSERS, "tokenizer": ["transformers", "T5Tokenizer"],
-             "scheduler": ["diffusers", scheduler["_class_name"]]}
+    outputs = {
+        name: _outputs(modules[name], component.rules(modules[name].config))
+        for name, component in family.components.items()
+    }
+    index = {
+        "_class_name": family.pipeline,
+        "_diffusers_version": _DIFFUSERS,
+        "tokenizer": ["transformers", "T5Tokenizer"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+    }
     with staged(Path(out), needed=sum(o.nbytes for found in outputs.values() for o in found)) as partial:
         for name, component in family.components.items():
             (partial / name).mkdir()

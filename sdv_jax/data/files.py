@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from sdv_jax.errors import UserError
 
+_LONGEST_NAME = 255  # bytes, of every common file system
+
 
 def check_writable(path: str | os.PathLike, *, what: str) -> pathlib.Path:
     """`path` as a Path after checking that a file could be written there; called before minutes of work are spent.
@@ -22,6 +24,8 @@ def check_writable(path: str | os.PathLike, *, what: str) -> pathlib.Path:
         raise UserError(f"{what} {path}: {folder} is a file, not a folder; choose another place")
     if path.is_dir():
         raise UserError(f"{what} {path} is a folder; give the name of a file in it")
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise UserError(f"{what} {path}: the name is longer than {_LONGEST_NAME} bytes; choose a shorter one")
     if not _accepts_files(folder):
         raise UserError(f"{what} {path}: no permission to write in {folder}; choose another place")
     return path
@@ -53,7 +57,7 @@ def replacing(path: str | os.PathLike, *, what: str) -> Iterator[pathlib.Path]:
     """
     path = check_writable(path, what=what)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=".writing.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
         raise UserError(f"{what} {path} cannot be written: {error.strerror}") from error

@@ -98,7 +98,9 @@ def _guarded(read, name: str) -> np.ndarray:
         raise UserError(f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller first") from error
     except PermissionError as error:
         raise UserError(f"{name} cannot be opened: no permission to read it") from error
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+    except (MemoryError, UserError):
+        raise
+    except Exception as error:
         # Pillow reports damage with whatever its decoder raised, in words that change with its version.
         raise UserError(f"{name} is damaged and cannot be read; replace the file") from error
 

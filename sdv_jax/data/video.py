@@ -26,8 +26,8 @@ def to_uint8(pixels: Float[np.ndarray, "*any"]) -> UInt8[np.ndarray, "*any"]:
 
 def check_fps(fps: float | int) -> None:
     """Raises UserError unless `fps` is a frame rate that an mp4 can hold."""
-    if not (math.isfinite(fps) and 0 < fps <= 1000):
-        raise UserError(f"fps is {fps}; expected a number above 0 and at most 1000")
+    if not (math.isfinite(fps) and 0.01 <= fps <= 1000):
+        raise UserError(f"fps is {fps}; expected a number from 0.01 to 1000")
 
 
 def write_video(
@@ -98,8 +98,8 @@ def write_contact_sheet(
 ) -> None:
     """A PNG with one row of pictures per entry of `rows`, white between them, and `titles` above the columns.
 
-    All pictures have one height, and those of a column one width. Raises UserError when the place cannot be written. The
-    file appears complete or not at all.
+    All pictures have one height, and those of a column one width. Raises UserError when the place cannot be written.
+    The file appears complete or not at all.
     """
     height, longest = rows[0][0].shape[0], max(rows, key=len)
     lefts = np.cumsum([gap, *(picture.shape[1] + gap for picture in longest)])
@@ -107,10 +107,11 @@ def write_contact_sheet(
     sheet = np.full((head + len(rows) * (height + gap) + gap, lefts[-1], 3), 255, np.uint8)
     for r, row in enumerate(rows):
         top = head + gap + r * (height + gap)
-        for left, picture in zip(lefts, row):
+        for left, picture in zip(lefts, row, strict=False):
             sheet[top : top + height, left : left + picture.shape[1]] = picture
     image = Image.fromarray(sheet)
-    for left, title in zip(lefts, titles):
-        ImageDraw.Draw(image).text((int(left), gap), title, fill="black", font=ImageFont.load_default(_TITLE_HEIGHT * 2 // 3))
+    font = ImageFont.load_default(_TITLE_HEIGHT * 2 // 3)
+    for left, title in zip(lefts, titles, strict=False):
+        ImageDraw.Draw(image).text((int(left), gap), title, fill="black", font=font)
     with replacing(path, what="contact sheet") as temporary:
         image.save(temporary, format="PNG")

@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
 from sdv_jax.typing import Array, Float
 
@@ -25,7 +24,7 @@ def attention(q: Float[Array, "b n heads k"], k: Float[Array, "b m heads k"], v:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if bias is None and q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu":
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
-    q, k, v = (rearrange(x, "b n heads k -> b heads n k") for x in (q, k, v))
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     large = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > _SCORES_IN_CACHE
     if bias is not None:
         out = _plain(q, k, v, bias, scale)
@@ -33,7 +32,7 @@ def attention(q: Float[Array, "b n heads k"], k: Float[Array, "b m heads k"], v:
         out = _by_heads(q, k, v, scale)
     else:
         out = _by_queries(q, k, v, scale)
-    return rearrange(out, "b heads n k -> b n heads k")
+    return jnp.swapaxes(out, 1, 2)
 
 
 def _by_heads(q: Float[Array, "b heads n k"], k: Float[Array, "b heads m k"], v: Float[Array, "b heads m k"],
@@ -42,7 +41,7 @@ def _by_heads(q: Float[Array, "b heads n k"], k: Float[Array, "b heads m k"], v:
 
     The scores are computed again in the backward pass, which costs less than writing and reading them.
     """
-    heads = tuple(rearrange(x.astype(jnp.float32), "b heads n k -> (b heads) n k") for x in (q, k, v))
+    heads = tuple(x.astype(jnp.float32).reshape(-1, *x.shape[2:]) for x in (q, k, v))
     out = jax.lax.map(jax.checkpoint(lambda head: _by_queries(*head, scale)), heads)
     return out.reshape(q.shape).astype(q.dtype)
 

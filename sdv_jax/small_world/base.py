@@ -1,6 +1,7 @@
-"""The base model of the small world, made from nothing: autoencoder, prepared data, text-to-video training, a diffusers folder.
+"""The base model of the small world, from nothing: autoencoder, data, text-to-video training, diffusers folder.
 
-    python -m sdv_jax.small_world.base --config configs/small_world_base.py --workdir runs/base --out models/small-world-cogvideox
+    python -m sdv_jax.small_world.base --config configs/small_world_base.py --workdir runs/base \\
+        --out models/small-world-cogvideox
 
 Every stage resumes where it stopped and is skipped once done.
 """
@@ -11,7 +12,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from flax import nnx
 
 from sdv_jax.checkpoints.families import COGVIDEOX
@@ -31,6 +31,9 @@ from sdv_jax.train import loop
 _VAE_POOL, _CLIP_POOL, _IMAGE_POOL = 100, 101, 102  # seeds: three pools of different subjects
 
 
+AUTOENCODER = AutoencoderConfig()
+
+
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """How much is rendered: clips the autoencoder sees, and clips and still images the base is trained on."""
@@ -40,8 +43,14 @@ class Sizes:
     images: int = 8000
 
 
-def make(config: configs.Config, workdir: str | Path, out: str | Path, *, autoencoder: AutoencoderConfig = AutoencoderConfig(),
-         sizes: Sizes = Sizes()) -> None:
+def make(
+    config: configs.Config,
+    workdir: str | Path,
+    out: str | Path,
+    *,
+    autoencoder: AutoencoderConfig = AUTOENCODER,
+    sizes: Sizes = Sizes(),
+) -> None:
     """Trains everything under `workdir` and writes the pipeline folder `out`."""
     workdir = Path(workdir)
     world = World()
@@ -49,8 +58,11 @@ def make(config: configs.Config, workdir: str | Path, out: str | Path, *, autoen
     vae = _autoencoder(world, autoencoder, workdir / "autoencoder", sizes.autoencoder_clips)
     scale = _prepare(world, vae, workdir, sizes)
     table = {"vocab_size": pieces, **config.model.text_encoder}
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, text_encoder=table),
-                                 data=dataclasses.replace(config.data, identity=str(workdir / "images"), motion=str(workdir / "clips")))
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, text_encoder=table),
+        data=dataclasses.replace(config.data, identity=str(workdir / "images"), motion=str(workdir / "clips")),
+    )
     result = loop.run(config, workdir / "base")
     if result.finished:
         write(result.model, vae, scale, config.model.scheduler, workdir / "tokenizer", out)
@@ -61,9 +73,20 @@ def write(model, vae: VAE, scale: float, scheduler: Mapping, tokenizer: Path, ou
     transformer, encoder = model.transformer, model.text_encoder
     vae = nnx.clone(vae)
     vae.config = dataclasses.replace(vae.config, scaling_factor=round(scale, 6))
-    t5 = {"architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": True, "is_gated_act": True, "dense_act_fn": "gelu_new",
-          "dropout_rate": 0.0, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": False,
-          "torch_dtype": "float32", **dataclasses.asdict(encoder.config)}
+    t5 = {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "is_gated_act": True,
+        "dense_act_fn": "gelu_new",
+        "dropout_rate": 0.0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        **dataclasses.asdict(encoder.config),
+    }
     save_pipeline(
         out, COGVIDEOX, {"transformer": transformer, "vae": vae, "text_encoder": encoder},
         {"transformer": diffusers_config("CogVideoXTransformer3DModel", transformer.config),
@@ -90,7 +113,10 @@ def _prepare(world: World, vae: VAE, workdir: Path, sizes: Sizes) -> float:
     clips, pairs = clip_pool(world, _CLIP_POOL, sizes.clips), pair_pool(world, _IMAGE_POOL, sizes.images, marked=False)
     scale = prepared.latent_scale(*prepared.encode(vae, clips.video[:512], desc="measuring latents"))
     latents.save(prepared.dataset(vae, scale, clips.video, clips.video[:, :1], clips.captions, ids), workdir / "clips")
-    latents.save(prepared.dataset(vae, scale, pairs.target[:, None], pairs.target[:, None], pairs.captions, ids), workdir / "images")
+    latents.save(
+        prepared.dataset(vae, scale, pairs.target[:, None], pairs.target[:, None], pairs.captions, ids),
+        workdir / "images",
+    )
     note.write_text(json.dumps(scale))
     return scale
 

@@ -1,4 +1,4 @@
-"""The demo: convert the shipped base, train the subject adapter, give it pictures of subjects it never saw, and score the videos."""
+"""The demo: convert the shipped base, train the subject adapter, show it subjects it never saw, score the videos."""
 
 import dataclasses
 import json
@@ -22,7 +22,9 @@ from sdv_jax.train import config as configs
 
 ROOT = Path(__file__).parents[2]
 BASE = ROOT / "models" / "small-world-cogvideox"
-STARTED = ROOT / "models" / "small-world-subject"  # checkpoint of the same run, from which the demo does the last stretch
+STARTED = (
+    ROOT / "models" / "small-world-subject"
+)  # checkpoint of the same run, from which the demo does the last stretch
 CONFIG = ROOT / "configs" / "small_world_cogvideox.py"
 SHOWN, ENLARGED = 8, 6  # rows of the sheet and number of videos written; factor by which pictures are enlarged
 
@@ -45,7 +47,9 @@ def run(workdir: str | Path, *, sampling: Sampling = Sampling()) -> dict[str, fl
     """
     workdir, began = Path(workdir), time.perf_counter()
     if not BASE.is_dir():
-        raise UserError(f"demo: {BASE} is missing; run the demo from a checkout of the repository, installed with pip install -e .")
+        raise UserError(
+            f"demo: {BASE} is missing; run the demo from a checkout of the repository, installed with pip install -e ."
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "model").is_dir():
         convert(BASE, workdir / "model")
@@ -55,7 +59,9 @@ def run(workdir: str | Path, *, sampling: Sampling = Sampling()) -> dict[str, fl
     trial = trials(World(), sampling.pool_seed, sampling.subjects)
     clips = sample(workdir / "model", adapter, trial, sampling)
     rows, verdicts = compare(World(), trial.scenes, **clips)
-    (results / "scores.json").write_text(json.dumps({"rows": rows, "verdicts": verdicts, "sampling": dataclasses.asdict(sampling)}, indent=2))
+    (results / "scores.json").write_text(
+        json.dumps({"rows": rows, "verdicts": verdicts, "sampling": dataclasses.asdict(sampling)}, indent=2)
+    )
     text = table(rows) + "\n\n" + "\n".join(f"{name} = {value:.3f}" for name, value in verdicts.items()) + "\n"
     (results / "table.md").write_text(text)
     _pictures(results, trial, clips)
@@ -72,7 +78,9 @@ def _train(workdir: Path) -> Path:
     run = workdir / "train"
     config = configs.load(CONFIG, {"model.path": str(workdir / "model")})
     if STARTED.is_dir() and not run.exists():
-        shutil.copytree(STARTED, run)
+        # renamed into place, so that an interrupted copy is never taken for a run
+        shutil.copytree(STARTED, workdir / "train.copying", dirs_exist_ok=True)
+        (workdir / "train.copying").rename(run)
         done = max(int(folder.name) for folder in (run / "checkpoints").iterdir() if folder.name.isdigit())
         print(f"Training resumes a shipped checkpoint of this same run at step {done} of {config.train.steps}: "
               "from step 0 it takes longer than a demo should.")  # fmt: skip
@@ -82,7 +90,7 @@ def _train(workdir: Path) -> Path:
 
 
 def sample(model: Path, adapter: Path, trial: Trials, sampling: Sampling) -> dict[str, Float[np.ndarray, "n t h w 3"]]:
-    """Clips for `score.compare`, all from the same noise: base without reference, adapted with the right and with a wrong one."""
+    """Clips for `score.compare`, from one noise: the base, the adapted with the right and with a wrong reference."""
     pipe = load_pipeline(model)
     truth = _reconstruct(pipe, trial.video)
     options = dict(steps=sampling.steps, guidance=sampling.guidance, seed=sampling.seed)
@@ -105,20 +113,22 @@ def _centred(pixels: UInt8[np.ndarray, "..."]) -> np.ndarray:
 
 
 def _pictures(results: Path, trial: Trials, clips: dict[str, np.ndarray]) -> None:
-    """sheet.png: reference | base | adapted | truth, three frames of each clip; videos/NN-*.mp4 of the first subjects."""
+    """sheet.png: reference | base | adapted | truth, three frames of each clip; videos/NN-*.mp4 of the same."""
     shown = {name: to_uint8(clips[name][:SHOWN]) for name in ("base", "adapted", "truth")}
     frames = (0, trial.video.shape[1] // 2, trial.video.shape[1] - 1)
     rows = [[trial.reference[i]] for i in range(min(SHOWN, len(trial.scenes)))]
     titles = ["reference"]
     for name, video in shown.items():
         titles += ["", name, *[""] * (len(frames) - 1)]
-        for row, clip in zip(rows, video):
+        for row, clip in zip(rows, video, strict=True):
             row += [np.full_like(row[0][:, :1], 255), *clip[list(frames)]]
     write_contact_sheet(results / "sheet.png", [[_enlarged(picture) for picture in row] for row in rows], titles=titles)
     for i in range(len(rows)):
         for name, video in shown.items():
             (results / "videos").mkdir(exist_ok=True)
-            write_video(results / "videos" / f"{i:02d}-{name}.mp4", np.stack([_enlarged(frame) for frame in video[i]]), fps=8)
+            write_video(
+                results / "videos" / f"{i:02d}-{name}.mp4", np.stack([_enlarged(frame) for frame in video[i]]), fps=8
+            )
 
 
 def _enlarged(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "i j 3"]:

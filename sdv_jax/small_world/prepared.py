@@ -27,12 +27,18 @@ def encode(vae: VAE, video: UInt8[np.ndarray, "n t h w 3"], *, desc: str = "enco
         part = video[start : start + size]
         padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])  # one shape, one compilation
         found.append([np.asarray(moment)[: len(part)] for moment in run(state, padded)])
-    mean, logvar = (np.concatenate(parts) for parts in zip(*found))
+    mean, logvar = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return mean, logvar
 
 
-def dataset(vae: VAE, scaling_factor: float, video: UInt8[np.ndarray, "n t h w 3"], references: UInt8[np.ndarray, "n k h w 3"],
-            captions: Sequence[str], encode_text: EncodeText) -> LatentDataset:
+def dataset(
+    vae: VAE,
+    scaling_factor: float,
+    video: UInt8[np.ndarray, "n t h w 3"],
+    references: UInt8[np.ndarray, "n k h w 3"],
+    captions: Sequence[str],
+    encode_text: EncodeText,
+) -> LatentDataset:
     """A prepared dataset: clips, and k reference images for each, encoded as single frames."""
     mean, logvar = encode(vae, video, desc="encoding clips" if video.shape[1] > 1 else "encoding images")
     n, k = references.shape[:2]

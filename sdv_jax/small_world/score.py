@@ -17,6 +17,7 @@ from sdv_jax.small_world.search import find_patch, find_subject
 from sdv_jax.small_world.tracking import Sighting, sight
 from sdv_jax.small_world.world import Scene, Subject, World
 
+_OVERSHOOT = 0.1  # how far a decoder that is not clipped may leave [0, 1]
 STEADY = 0.015  # largest `change` of a clip that keeps its subject; see docs/small_world.md for the calibration
 
 
@@ -134,6 +135,7 @@ def compare(
         "wrong_reference_gap_closed": gap_closed(error["base"], error["wrong reference"], error["truth"]),
         "wrong_reference_shows_its_own_subject": float(follows.mean()),
         "motion_kept": rows["adapted"]["motion"] / max(rows["base"]["motion"], 1e-9),
+        "clean_kept": rows["adapted"]["clean"] / max(rows["base"]["clean"], 1e-9),
     }
     return rows, verdicts
 
@@ -155,5 +157,10 @@ def _check(world: World, video: np.ndarray, scenes: Sequence[Scene], subjects: S
     if not len(video) == len(scenes) == len(subjects):
         found = f"{len(video)} clips, {len(scenes)} scenes and {len(subjects)} subjects"
         raise UserError(f"small world: score_clips got {found}; give one of each per clip")
+    if len(video) == 0:
+        raise UserError("small world: score_clips got no clip; give at least one")
     if not np.issubdtype(video.dtype, np.floating):
         raise UserError(f"small world: score_clips expects floats in [0, 1], found {video.dtype}; divide by 255")
+    low, high = video.min(), video.max()
+    if not (low >= -_OVERSHOOT and high <= 1 + _OVERSHOOT):  # false for NaN too
+        raise UserError(f"small world: score_clips expects colours in [0, 1], found {low:.3g} to {high:.3g}")

@@ -130,7 +130,7 @@ class World:
         self.config = config
 
     def rng(self, split: str, *seed: int) -> np.random.Generator:
-        """The random stream of a split ("train" or "heldout"); streams of different splits or seeds never coincide."""
+        """The random stream of a split ("train" or "heldout"); those of other splits or seeds (of one length) differ."""
         if split not in SPLITS:
             raise UserError(f"small world: unknown split {split!r}; use one of {', '.join(SPLITS)}")
         return np.random.default_rng((SPLITS[split], self.config.seed, *seed))
@@ -148,6 +148,11 @@ class World:
         The start is uniform over all places from which the subject stays inside the frame for the whole clip.
         """
         config = self.config
+        for what, name, known in (("background", background, BACKGROUNDS), ("motion", motion, MOTIONS)):
+            if name is not None and name not in known:
+                raise UserError(f"small world: unknown {what} {name!r}; use one of {', '.join(known)}")
+        if still and motion is not None:
+            raise UserError(f"small world: a still scene has no motion, found {motion!r}; leave one of the two away")
         background = background or str(rng.choice(list(BACKGROUNDS)))
         if not still:
             motion = motion or str(rng.choice(list(MOTIONS)))

@@ -262,7 +262,8 @@ def test_loading_replaces_what_was_there(written, ours):
 @pytest.fixture
 def trained(ours):
     """Our model with an adapter at alpha = 3/4 rank, A and B at random."""
-    lora.add(ours, lora.LoraConfig(rank=RANK, alpha=0.75 * RANK, targets=PAPER, dropout=0.2), names=NAMES, rngs=nnx.Rngs(0))
+    config = lora.LoraConfig(rank=RANK, alpha=0.75 * RANK, targets=PAPER, dropout=0.2)
+    lora.add(ours, config, names=NAMES, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(3)
     for _, layer in lora.adapted(ours):
         layer.lora.b.set_value(jnp.asarray(rng.normal(0, 0.3, layer.lora.b.shape), jnp.float32))
@@ -323,6 +324,16 @@ def test_what_we_export_we_load(trained, tmp_path, format):
     lora.remove(trained)
     adapter_files.load(trained, out)
     assert_close(run_ours(trained), expected, relative=1e-5)
+
+
+@pytest.mark.parametrize("format", ["diffusers", "comfyui", "peft"])
+def test_streams_of_the_adaln_layers_survive_an_export_with_a_note(trained, tmp_path, format, caplog):
+    adapter_files.save(trained, tmp_path / "adapter", adaln_lora="reference")
+    out = tmp_path / "out" / "adapter_model.safetensors"
+    with caplog.at_level(logging.WARNING):
+        adapter_files.export(tmp_path / "adapter", out, format=format)
+    assert "reference tokens" in caplog.text
+    assert adapter_files.load(trained, out).adaln_lora == "reference"
 
 
 def test_export_of_another_tools_file_with_alpha_and_mixed_ranks(theirs, ours, tmp_path, base):

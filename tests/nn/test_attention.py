@@ -22,6 +22,11 @@ def peer(q, k, v, **options):
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 
+def loss_and_gradients(q, k, v):
+    weights = jnp.arange(q.size, dtype=jnp.float32).reshape(q.shape) / q.size
+    return jax.value_and_grad(lambda *qkv: (attention(*qkv) * weights).sum(), argnums=(0, 1, 2))(q, k, v)
+
+
 @pytest.mark.parametrize("scale", [None, 1.0, 0.2])
 def test_against_torch(scale):
     q, k, v = draw()
@@ -40,17 +45,12 @@ def test_bias_against_torch(shape):
 def test_blocks_of_queries_equal_all_at_once(monkeypatch, at_once):
     """Any number of blocks, also where the last one is not full; and the same gradients."""
     q, k, v = draw()
-    weights = jnp.arange(q.size, dtype=jnp.float32).reshape(q.shape) / q.size
-
-    def loss(q, k, v):
-        return (attention(q, k, v) * weights).sum()
-
-    expected, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    expected, gradients = loss_and_gradients(q, k, v)
     calls = []
     plain = module._plain
     monkeypatch.setattr(module, "_SCORES_AT_ONCE", at_once)
     monkeypatch.setattr(module, "_plain", lambda q, *rest: calls.append(q.shape[-2]) or plain(q, *rest))
-    found, their_gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    found, their_gradients = loss_and_gradients(q, k, v)
     assert calls and max(calls) < 13  # it did go block by block
     assert_close(found, expected, relative=1e-6)
     for ours, whole in zip(their_gradients, gradients, strict=True):
@@ -61,18 +61,13 @@ def test_blocks_of_queries_equal_all_at_once(monkeypatch, at_once):
 def test_head_by_head_equals_all_at_once(monkeypatch, dtype):
     """The form of a CPU for large inputs; and the same gradients."""
     q, k, v = draw(dtype=dtype)
-    weights = jnp.arange(q.size, dtype=jnp.float32).reshape(q.shape) / q.size
-
-    def loss(q, k, v):
-        return (attention(q, k, v) * weights).sum()
-
-    expected, gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    expected, gradients = loss_and_gradients(q, k, v)
     calls = []
     by_queries = module._by_queries
     monkeypatch.setattr(module, "_SCORES_IN_CACHE", 1)
     monkeypatch.setattr(module, "_by_queries", lambda q, *rest: calls.append(q.shape) or by_queries(q, *rest))
     assert attention(q, k, v).dtype == dtype
-    found, their_gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+    found, their_gradients = loss_and_gradients(q, k, v)
     assert set(calls) == {(13, 8)}  # one head of one example
     tolerance = 1e-6 if dtype == jnp.float32 else 2**-7
     assert_close(found, expected, relative=tolerance)

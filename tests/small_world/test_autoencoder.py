@@ -18,6 +18,7 @@ CONFIG = AutoencoderConfig(
         down_block_types=("CogVideoXDownBlock3D",),
         up_block_types=("CogVideoXUpBlock3D",),
         block_out_channels=(4,),
+        temporal_compression_ratio=1,
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=2,

@@ -146,3 +146,17 @@ def test_gap_closed_and_summary(truth):
 def test_wrong_input_is_refused(video, complaint):
     with pytest.raises(UserError, match=complaint):
         score_clips(WORLD, video, TRIALS.scenes[:2])
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda video: video * 2 - 1, "colours in \\[0, 1\\], found -"),
+    (lambda video: video * 255, "colours in \\[0, 1\\], found"),
+    (lambda video: np.where(np.arange(video.size).reshape(video.shape) == 7, np.nan, video), "found nan"),
+    (lambda video: video[:0], "no clip"),
+])
+def test_clips_of_another_range_are_refused(change, message):
+    world = World()
+    trial = trials(world, 0, 2)
+    video = change(trial.video / 255.0)
+    with pytest.raises(UserError, match=message):
+        score_clips(world, video, trial.scenes[: len(video)])

@@ -95,3 +95,11 @@ def test_another_size_renders_and_an_impossible_world_is_refused():
         World(dataclasses.replace(world.config, size=24))
     with pytest.raises(UserError, match="unknown split 'test'"):
         world.rng("test", 0)
+
+
+@pytest.mark.parametrize("options", [{"motion": "flying"}, {"background": "lava"}, {"motion": "rising", "still": True}])
+def test_scenes_that_do_not_exist(options):
+    world = World()
+    rng = world.rng("train", 0)
+    with pytest.raises(UserError, match="flying|lava|rising"):
+        world.sample_scene(rng, world.sample_subject(rng), **options)
