@@ -20,12 +20,13 @@ flags.DEFINE_string(
 flags.DEFINE_string("workdir", None, "Folder of the run; a run that is already there is resumed.", required=True)
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     try:
-        training.train(configs.load(flags.FLAGS.config, arguments[1:]), flags.FLAGS.workdir)
+        config = configs.load(flags.FLAGS.config, arguments[1:])
+        return training.tell(training.train(config, flags.FLAGS.workdir), config, flags.FLAGS.workdir)
     except UserError as error:
         print(f"sdv: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
 
 
 if __name__ == "__main__":

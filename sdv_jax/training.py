@@ -1,5 +1,6 @@
 """What `sdv train` does: the training loop, with sample sheets drawn by the pipeline."""
 
+import sys
 from pathlib import Path
 
 import jax
@@ -26,6 +27,16 @@ def train(config: Config, workdir: str | Path) -> loop.Result:
     data = setup.datasets(config, Path(workdir) / "data")
     sampler = Sheets(config, data) if config.train.sample_every else None
     return loop.run(config, workdir, sampler=sampler, data=data)
+
+
+def tell(result: loop.Result, config: Config, workdir: str | Path) -> int:
+    """Prints how a run ended and returns the exit status: 0, or 128 + the signal that stopped it, as shells have it."""
+    if not result.finished:
+        print(f"sdv: stopped at step {result.steps} of {config.train.steps}; the same command resumes", file=sys.stderr)
+        return 128 + (result.signal or 0)
+    left = "adapter" if config.train.mode == "lora" else f"checkpoints/{result.steps}"
+    print(f"{Path(workdir) / left}  {result.steps} steps done")
+    return 0
 
 
 class Sheets:

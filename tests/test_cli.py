@@ -1,6 +1,8 @@
 """The `sdv` command: what it calls, what it leaves, how it ends."""
 
 import filecmp
+import os
+import signal
 import subprocess
 import sys
 
@@ -91,15 +93,38 @@ def test_train_forwards_overrides_in_any_place(here, monkeypatch, capsys):
     from sdv_jax import training
 
     seen = []
-    monkeypatch.setattr(
-        training, "train", lambda config, workdir: seen.append((config.train.steps, config.train.seed, workdir.name))
-    )
+
+    def train(config, workdir):
+        seen.append((config.train.steps, config.train.seed, workdir.name))
+        return training.loop.Result(7, True, None)
+
+    monkeypatch.setattr(training, "train", train)
     base = str(ROOT / "configs" / "base.py")
     assert (
         cli.main(["train", "--config.train.steps=7", "--config", base, "--workdir", "run", "--config.train.seed=5"])
         == 0
     )
     assert seen == [(7, 5, "run")]
+    assert capsys.readouterr().out == "run/adapter  7 steps done\n"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_training_says_so_and_how_to_go_on(here, monkeypatch, capsys, number, status):
+    from sdv_jax import training
+
+    monkeypatch.setattr(training, "train", lambda config, workdir: training.loop.Result(3, False, None, number))
+    arguments = ["train", "--config", str(ROOT / "configs" / "base.py"), "--workdir", "run", "--config.train.steps=7"]
+    assert cli.main(arguments) == status
+    assert capsys.readouterr().err == "sdv: stopped at step 3 of 7; the same command resumes\n"
+
+
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_launchers_run_from_a_checkout_that_is_not_installed(here, name):
+    command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), "--help"]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "ModuleNotFoundError" not in done.stderr
+    assert ("--workdir" if name == "train" else "--reference") in done.stdout
 
 
 def test_demo_runs_in_its_workdir(here, monkeypatch):

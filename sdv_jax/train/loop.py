@@ -25,11 +25,15 @@ Sampler = Callable[[Denoiser, int, Path], None]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Where a run stopped: steps done, whether all of them, and the model with its trained (averaged) weights."""
+    """Where a run stopped: steps done, whether all of them, and the model with its trained (averaged) weights.
+
+    `signal` is the number of the signal that ended the run, if one did.
+    """
 
     steps: int
     finished: bool
     model: Denoiser
+    signal: int | None = None
 
 
 def run(
@@ -78,8 +82,8 @@ def run(
     batches = latents.iterate(schedule.batches, start) if start < stop else None
     done = start
     try:
-        with _stop_requests() as requested:
-            while done < stop and not requested.is_set():
+        with _stop_requests() as signals:
+            while done < stop and not signals:
                 batch = jax.device_put(next(batches))
                 current, metrics = steps[schedule.programs[done]](current, frozen, key, batch, empty_text)
                 log.write(done, schedule.task(done), metrics)
@@ -105,7 +109,7 @@ def run(
     finished = done == config.train.steps
     if finished and config.train.mode == "lora":
         record.save_adapter(workdir / "adapter", model, config)
-    return Result(done, finished, model)
+    return Result(done, finished, model, None if finished or not signals else signals[0])
 
 
 def load_trained(
@@ -134,14 +138,15 @@ def load_trained(
 
 @contextmanager
 def _stop_requests():
-    """An event set by SIGTERM or SIGINT. Outside the main thread, where Python allows no handlers, it is never set."""
-    requested = threading.Event()
+    """A list of the SIGTERMs and SIGINTs that came; outside the main thread Python allows no handlers: always empty."""
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield requested
+        yield received
         return
-    before = {number: signal.signal(number, lambda *_: requested.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda got, _: received.append(got)) for number in numbers}
     try:
-        yield requested
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from sdv_jax.checkpoints import adapter_files
+from sdv_jax.checkpoints import adapter_files, model_folder
 from sdv_jax.errors import UserError
 from sdv_jax.objectives.denoising import Denoiser
 from sdv_jax.train import config as configs
@@ -18,8 +18,14 @@ FREE = (
 
 
 def claim(workdir: Path, config: Config) -> None:
-    """Writes config.json; raises UserError if the workdir already holds a run with other settings."""
-    path = workdir / "config.json"
+    """Writes config.json; raises UserError if the workdir holds a run with other settings, or more steps of it."""
+    path, folders = workdir / "config.json", (workdir / "checkpoints").glob("*")
+    done = max((int(folder.name) for folder in folders if folder.name.isdecimal()), default=0)
+    if done > config.train.steps:
+        raise UserError(
+            f"{workdir} holds a run of {done} steps, past train.steps={config.train.steps}; use a new --workdir, or "
+            f"train.steps={done} or more"
+        )
     if path.exists():
         before, now = _flat(read(workdir)), _flat(config)
         changed = [key for key in now if key not in FREE and before[key] != now[key]]
@@ -44,12 +50,14 @@ def read(workdir: Path) -> Config:
 
 def save_adapter(folder: Path, model: Denoiser, config: Config) -> None:
     """The trained adapter as files that this package and others load."""
+    path = config.model.path
     adapter_files.save(
         model.transformer,
         folder,
         targets=config.lora.targets,
         adaln_lora=config.lora.adaln,
-        base=Path(config.model.path).name,
+        variant=model_folder.read_config(path)["variant"] if path else "",
+        base=Path(path).name,
     )
 
 

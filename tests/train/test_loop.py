@@ -109,7 +109,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(unbroken, tmp_path, number):
 
     before = signal.getsignal(number)
     stopped = _run(tiny.config(train__sample_every=2), tmp_path, sampler=interrupt)
-    assert not stopped.finished and stopped.steps == 2 and calls == [2]
+    assert not stopped.finished and stopped.steps == 2 and calls == [2] and stopped.signal == number
     assert signal.getsignal(number) is before
     resumed = _run(tiny.config(), tmp_path)
     _assert_equal_weights(resumed.model, unbroken[1].model)
@@ -124,6 +124,14 @@ def test_another_seed_gives_another_run(unbroken, tmp_path):
 def test_a_workdir_of_other_settings_is_refused(unbroken):
     with pytest.raises(UserError, match=r"other settings \(lora.alpha 2.0 -> 3.0\)"):
         _run(tiny.config(lora__alpha=3.0), unbroken[0])
+
+
+def test_a_workdir_of_a_longer_run_is_refused_and_left_as_it_is(unbroken):
+    workdir, _ = unbroken
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(UserError, match=r"holds a run of 6 steps, past train.steps=5; use a new --workdir, or train.st"):
+        _run(tiny.config(train__steps=5), workdir)
+    assert (workdir / "config.json").read_text() == before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_one_line(tmp_path):
