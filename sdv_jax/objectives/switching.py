@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdv_jax.typing import Array, Int, Key
+from sdv_jax.typing import Array, Float, Int, Key
 
 IDENTITY, MOTION = 0, 1
 
@@ -26,12 +26,12 @@ def step_key(key: Key[Array, ""], step: int | Int[Array, ""], purpose: Purpose) 
     return jax.random.fold_in(jax.random.fold_in(key, step), int(purpose))
 
 
-def task_at(key: Key[Array, ""], step: int | Int[Array, ""], p: float) -> Int[Array, ""]:
+def task_at(key: Key[Array, ""], step: int | Int[Array, ""], p: float | Float[Array, ""]) -> Int[Array, ""]:
     """MOTION (1) with probability p, else IDENTITY (0): u ~ U(0, 1), u < p (paper A)."""
     return (jax.random.uniform(step_key(key, step, Purpose.TASK)) < p).astype(jnp.int32)
 
 
-def view_dropped_at(key: Key[Array, ""], step: int | Int[Array, ""], p: float) -> Int[Array, ""]:
+def view_dropped_at(key: Key[Array, ""], step: int | Int[Array, ""], p: float | Float[Array, ""]) -> Int[Array, ""]:
     """1 with probability p: the reference is absent if this step trains identity."""
     return (jax.random.uniform(step_key(key, step, Purpose.VIEW_DROP)) < p).astype(jnp.int32)
 
