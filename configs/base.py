@@ -39,6 +39,9 @@ def get_config() -> ConfigDict:
     train.log_every = 10  # steps between TensorBoard points and progress-bar values (metrics.jsonl has every step)
     train.sample_every = 0  # steps between sample sheets; 0 = none
 
+    config.sample = sample = ConfigDict()
+    sample.guidance = 6.0  # strength of the prompt on sample sheets (CogVideoX's default)
+
     config.switch = switch = ConfigDict()
     switch.motion_probability = 0.2  # probability that a step trains motion instead of identity (paper A: p)
 

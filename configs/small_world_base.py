@@ -29,6 +29,7 @@ def get_config():
     config.train.steps = 4000
     config.train.ema_decay = 0.999
     config.train.save_every = 500
+    config.sample.guidance = 1.5
     config.text.train_encoder = True
     config.text_to_video.batch_size = 40
     config.text_to_video.image_batch_size = 16

@@ -20,6 +20,7 @@ def get_config():
     config.small_world.pairs = 8192
     config.train.ema_decay = 0.995
     config.train.save_every = 250
+    config.sample.guidance = 1.5
     config.identity.batch_size = 64
     # Without a reference the small base already draws good subjects: there is less to keep than in the paper.
     config.identity.view_drop = 0.1

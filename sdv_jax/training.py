@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sdv_jax.adapters.reference import sample_latents
@@ -40,9 +41,9 @@ def tell(result: loop.Result, config: Config, workdir: str | Path) -> int:
 
 
 class Sheets:
-    """Draws the same samples at every call: captions of the first rows of the data, one seed.
+    """Draws the same samples at every call: captions and size of the first rows of the data, one seed.
 
-    Left on each row stands the reference.
+    Left on each row stands the reference. Guidance is `sample.guidance`.
     """
 
     def __init__(self, config: Config, data: dict[str, LatentDataset]):
@@ -54,10 +55,10 @@ class Sheets:
         self.config, about = config, model_folder.read_config(path)
         rows = data.get("motion") or next(iter(data.values()))
         moments = [
-            np.asarray(getattr(rows, name)[:ROWS, :1], np.float32) for name in ("reference_mean", "reference_logvar")
+            jnp.asarray(getattr(rows, name)[:ROWS, :1], jnp.float32) for name in ("reference_mean", "reference_logvar")
         ]
         self.references = np.asarray(sample_latents(*moments, rows.scaling_factor, jax.random.key(0)))
-        self.captions = list(rows.captions[:ROWS])
+        self.captions, self.latent_shape = list(rows.captions[:ROWS]), rows.mean.shape[1:]
         self.parts = {name: model_folder.load_component(path, name) for name in ("vae", "text_encoder")}
         self.about, self.tokenizer = about, Tokenizer(Path(path) / "tokenizer")
 
@@ -71,7 +72,11 @@ class Sheets:
         )  # fmt: skip
         subject = self.config.train.objective == "subject"
         references = self.references if subject else None
-        videos = pipe(self.captions, reference_latents=references, steps=STEPS, seed=0, progress=False)
+        frames, height, width = pipe.geometry.pixel_sizes(self.latent_shape)
+        videos = pipe(
+            self.captions, reference_latents=references, num_frames=frames, height=height, width=width, steps=STEPS,
+            guidance=self.config.sample.guidance, seed=0, progress=False,
+        )  # fmt: skip
         shown = [list(video) for video in videos]
         if subject:
             pictures = np.clip(np.asarray(pipe.decode(self.references / pipe.scaling_factor)) / 2 + 0.5, 0, 1)

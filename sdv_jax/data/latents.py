@@ -112,7 +112,8 @@ def load(folder: str | Path) -> LatentDataset:
         found = {name: list(array.shape) for name, array in arrays.items()}
         if found != about["shapes"]:
             raise UserError(
-                f"prepared data {folder}: arrays have shapes {found}, dataset.json says {about['shapes']}; {_MAKE} again"
+                f"prepared data {folder}: arrays have shapes {found}, dataset.json says {about['shapes']}; "
+                f"{_MAKE} again"
             )
         return LatentDataset(**arrays, captions=tuple(about["captions"]), scaling_factor=about["scaling_factor"])
     except UserError as error:

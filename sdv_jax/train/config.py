@@ -57,6 +57,11 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sample:
+    guidance: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Switch:
     motion_probability: float
 
@@ -125,6 +130,7 @@ class Config:
     data: Data
     small_world: SmallWorld
     train: Train
+    sample: Sample
     switch: Switch
     identity: Identity
     motion: Motion
@@ -160,7 +166,7 @@ POSITIVE = (
     "optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip", "optimizer.cycles", "noise.logit_std",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "train.sample_every", "text_to_video.image_batch_size", "optimizer.warmup",
+    "train.sample_every", "sample.guidance", "text_to_video.image_batch_size", "optimizer.warmup",
     "optimizer.decay_steps", "optimizer.weight_decay",
 )  # fmt: skip
 SEEDS, MOST_SEEDS = ("train.seed", "small_world.seed"), 2**32  # a key of jax.random takes 32 bits of its seed

@@ -12,8 +12,8 @@ from sdv_jax.train.config import Config
 
 # What may change when a run is resumed: its length, its housekeeping, and where things lie.
 FREE = (
-    "train.steps", "train.save_every", "train.keep", "train.log_every", "train.sample_every", "model.path",
-    "data.identity", "data.motion",
+    "train.steps", "train.save_every", "train.keep", "train.log_every", "train.sample_every", "sample.guidance",
+    "model.path", "data.identity", "data.motion",
 )  # fmt: skip
 
 

@@ -70,6 +70,7 @@ def test_overrides_from_the_command_line_and_from_python_agree():
         ("--config.train.seed=4294967296", "config key 'train.seed': expected 0 to 4294967295, found 4294967296"),
         ("--config.train.seed=9223372036854775808", "config key 'train.seed': expected 0 to 4294967295"),
         ("--config.small_world.seed=4294967296", "config key 'small_world.seed': expected 0 to 4294967295"),
+        ("--config.sample.guidance=-1", "config key 'sample.guidance': expected 0 or more, found -1.0"),
         ("--config.optimizer.epsilon=0", "config key 'optimizer.epsilon': expected a number above 0, found 0.0"),
         ("--config.lora.targets=5", "config key 'lora.targets': expected tuple, found 5"),
         ("--config.lora.targets=None", "config key 'lora.targets': expected tuple, found None"),

@@ -1,5 +1,7 @@
 import json
+import shutil
 
+from sdv_jax.train import config as configs
 from sdv_jax.train import record, setup
 from tests.train import tiny
 
@@ -18,3 +20,11 @@ def test_an_adapter_of_a_random_model_has_no_base(tmp_path):
     record.save_adapter(tmp_path, setup.parts(config, token_ids=False).model, config)
     about = json.loads((tmp_path / "adapter.json").read_text())
     assert (about["variant"], about["base"]) == ("", "")
+
+
+def test_the_shipped_run_is_resumed_by_its_config_with_any_guidance_of_samples(tmp_path):
+    shutil.copy("models/small-world-subject/config.json", tmp_path)
+    for guidance in (1.5, 3.0):
+        config = configs.load("configs/small_world_cogvideox.py", {"sample.guidance": guidance})
+        record.claim(tmp_path, config)
+        assert record.read(tmp_path) == config
