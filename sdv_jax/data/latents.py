@@ -44,7 +44,7 @@ class LatentDataset:
     scaling_factor: float
 
     def __post_init__(self):
-        ranks = {"text": (2, 3), "empty_text": (1, 2)} | {name: (5,) for name in MOMENTS}
+        ranks = {"text": (2, 3), "empty_text": (1, 2)} | dict.fromkeys(MOMENTS, (5,))
         if any(getattr(self, name).ndim not in ranks[name] or 0 in getattr(self, name).shape[1:] for name in ARRAYS):
             raise UserError(
                 f"prepared data: moments have five axes, text two or three, none of them empty; found {_shapes(self)}"
