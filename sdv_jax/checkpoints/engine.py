@@ -5,6 +5,7 @@ there are. Every tensor is used exactly once or named as ignored, every leaf is 
 wrong is collected and reported together.
 """
 
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ _EXPONENT = {
     np.dtype(np.float16): (np.uint16, 0x7C00),
     np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
 }
+_MOST_ELEMENTS = 2**48  # a config with a few zeros too many goes far beyond, where numpy itself gives up
 
 Index = tuple[slice, ...]
 
@@ -162,6 +164,9 @@ class Source:
 
 def match(tensors: Mapping[str, Tensor], leaves: tuple[Leaf, ...], rules: Rules, *, where: str) -> Source:
     """Pairs tensors with leaves. Raises one UserError that lists every missing, unexpected and mis-shaped tensor."""
+    for leaf in leaves:
+        if math.prod(leaf.shape) > _MOST_ELEMENTS:
+            raise UserError(f"{where}: the config asks for {leaf.path} of shape {leaf.shape}, which no file can hold")
     named, tied = dict(tensors), {}
     for alias, name in rules.aliases.items():
         if (tensor := named.pop(alias, None)) is not None:

@@ -225,6 +225,14 @@ REFUSALS = {
         "missing transformer_blocks.2.",
     ),
     "senseless config value": (lambda s: edit(s / "vae/config.json", block_out_channels="wide"), "vae/config.json"),
+    "more layers than any model": (
+        lambda s: edit(s / "transformer/config.json", num_layers=1_000_000),
+        "transformer/config.json: transformer config: num_layers = 1000000; expected a whole number <= 10000",
+    ),
+    "wider than any file": (
+        lambda s: edit(s / "text_encoder/config.json", d_ff=2**24, d_model=2**24, num_layers=10_000),
+        "text_encoder: the config asks for blocks.ff.wi_0.kernel of shape (10000, 16777216, 16777216)",
+    ),
     "unknown scheduler": (
         lambda s: edit(s / "scheduler/scheduler_config.json", _class_name="PNDM"),
         "unknown class 'PNDM'",

@@ -125,16 +125,44 @@ def test_every_parameter_is_trained():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"down_block_types": ("DownBlock3D",) * 4}, "down_block_types"),
-        ({"up_block_types": ("CogVideoXUpBlock3D",) * 3}, "up_block_types"),
-        ({"norm_num_groups": 48}, "norm_num_groups"),
-        ({"act_fn": "tanh"}, "act_fn"),
-        ({"use_quant_conv": True}, "out_channels == latent_channels"),
+        ({"down_block_types": ("DownBlock3D",) * 4}, "down_block_types = .*; expected 4 times 'CogVideoXDownBlock3D'"),
+        ({"up_block_types": ("CogVideoXUpBlock3D",) * 3}, "up_block_types = .*; expected 4 times"),
+        ({"norm_num_groups": 48}, r"block_out_channels = \(128, .*\); expected multiples of norm_num_groups"),
+        ({"norm_num_groups": 0}, "norm_num_groups = 0; expected a whole number >= 1"),
+        ({"in_channels": "3"}, "in_channels = '3'; expected a whole number >= 1"),
+        ({"out_channels": True}, "out_channels = True; expected a whole number >= 1"),
+        ({"latent_channels": -16}, "latent_channels = -16; expected a whole number >= 1"),
+        ({"layers_per_block": 1.5}, "layers_per_block = 1.5; expected a whole number >= 1"),
+        ({"layers_per_block": 1_000_000}, "layers_per_block = 1000000; expected a whole number <= 16"),
+        ({"sample_height": None}, "sample_height = None; expected a whole number >= 1"),
+        ({"sample_width": 10**30}, r"sample_width = 1000000\d*; expected a whole number <= 16777216"),
+        ({"block_out_channels": ()}, r"block_out_channels = \(\); expected a list of 1 to 8 whole numbers"),
+        ({"block_out_channels": "wide"}, "block_out_channels = 'wide'; expected a list"),
+        ({"block_out_channels": [128, 0, 256, 512]}, r"block_out_channels\[1\] = 0; expected a whole number >= 1"),
+        ({"block_out_channels": [128, [256], 256, 512]}, r"block_out_channels\[1\] = \[256\]; expected a whole number"),
+        ({"scaling_factor": float("nan")}, "scaling_factor = nan; expected a finite number > 0"),
+        ({"scaling_factor": float("inf")}, "scaling_factor = inf; expected a finite number > 0"),
+        ({"scaling_factor": 0}, "scaling_factor = 0; expected a finite number > 0"),
+        ({"scaling_factor": "0.7"}, "scaling_factor = '0.7'; expected a finite number > 0"),
+        ({"norm_eps": -1e-6}, "norm_eps = -1e-06; expected a finite number > 0"),
+        ({"use_quant_conv": "no"}, "use_quant_conv = 'no'; expected true or false"),
+        ({"temporal_compression_ratio": 3}, "temporal_compression_ratio = 3; expected a power of two from 1 to 8"),
+        ({"temporal_compression_ratio": 16}, "temporal_compression_ratio = 16; expected a power of two from 1 to 8"),
+        ({"temporal_compression_ratio": 0}, "temporal_compression_ratio = 0; expected a finite number > 0"),
+        ({"act_fn": "tanh"}, "act_fn = 'tanh'; expected one of"),
+        ({"act_fn": {}}, "act_fn = {}; expected one of"),
+        ({"use_quant_conv": True}, "quant convolutions need out_channels == latent_channels"),
     ],
 )
 def test_impossible_configs(changes, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=f"^vae config: {words}") as caught:
         VAEConfig(**changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [{"scaling_factor": 1}, {"temporal_compression_ratio": 4.0}, {"in_channels": 5}])
+def test_unusual_configs(changes):
+    assert VAEConfig(**changes).temporal_levels == 2
 
 
 @pytest.mark.parametrize(

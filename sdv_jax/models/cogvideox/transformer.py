@@ -5,6 +5,7 @@ latent goes through the video's patch embedding and stands on the time axis befo
 """
 
 import dataclasses
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from einops import rearrange
 from flax import nnx
 
 from sdv_jax.errors import UserError
+from sdv_jax.models.config_check import MOST_LAYERS, check_numbers
 from sdv_jax.nn import rope
 from sdv_jax.nn.attention import attention
 from sdv_jax.nn.embeddings import TimestepEmbedding, sincos_3d, timestep_sinusoid
@@ -23,6 +25,7 @@ from sdv_jax.nn.stack import scan_blocks, stack
 from sdv_jax.typing import Array, Float, Int
 
 
+@no_type_check  # its own checks give the one line that a wrong value is due
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Keys and defaults of diffusers' `CogVideoXTransformer3DModel`; sizes in latent pixels, `sample_frames` in frames.
@@ -60,10 +63,8 @@ class TransformerConfig:
     patch_bias: bool = True
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name == "freq_shift" else 1
-            if field.type is int and (not isinstance(value, int) or value < least):
-                raise UserError(f"transformer config: {field.name} = {value!r}; expected a whole number >= {least}")
+        zero = ("freq_shift", "dropout")
+        check_numbers("transformer config", self, may_be_zero=zero, most={"num_layers": MOST_LAYERS})
         only = {"ofs_embed_dim": None, "patch_size_t": None, "activation_fn": "gelu-approximate",
                 "timestep_activation_fn": "silu", "use_learned_positional_embeddings": False, "dropout": 0.0}
         for key, value in only.items():

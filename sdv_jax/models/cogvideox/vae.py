@@ -8,6 +8,7 @@ back beyond it. Source: diffusers' `AutoencoderKLCogVideoX`.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from flax import nnx
 from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox.vae_blocks import ACTIVATIONS, Decoder, Encoder
 from sdv_jax.models.cogvideox.vae_tiling import Tiling, run_tiled
+from sdv_jax.models.config_check import check_numbers, check_whole, refuse
 from sdv_jax.nn.causal_conv3d import PointConv
 from sdv_jax.typing import Array, Float
 
@@ -24,8 +26,10 @@ __all__ = ["VAE", "Tiling", "VAEConfig"]
 SAMPLE_FRAMES = 8
 LATENT_FRAMES = 2
 _LOGVAR_RANGE = (-30.0, 20.0)
+_MOST_LAYERS, _MOST_BLOCKS = 16, 8  # published: 3 and 4. None is scanned: building takes longer with each
 
 
+@no_type_check  # its own checks give the one line that a wrong value is due
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """The keys of a CogVideoX `vae/config.json`, with diffusers' defaults.
@@ -64,23 +68,34 @@ class VAEConfig:
             value = getattr(self, field.name)
             if isinstance(value, list):  # as JSON gives them; tuples keep the config hashable
                 object.__setattr__(self, field.name, tuple(value))
-        levels = len(self.block_out_channels)
-        for field, name in (("down_block_types", "CogVideoXDownBlock3D"), ("up_block_types", "CogVideoXUpBlock3D")):
-            if getattr(self, field) != (name,) * levels:
-                raise UserError(f"VAE config: {field} must be {levels} times {name!r}, found {getattr(self, field)}")
-        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
-            raise UserError(
-                f"VAE config: block_out_channels {self.block_out_channels} must be multiples of "
-                f"norm_num_groups {self.norm_num_groups}"
-            )
-        if self.act_fn not in ACTIVATIONS:
-            raise UserError(f"VAE config: act_fn must be one of {sorted(ACTIVATIONS)}, found {self.act_fn!r}")
+        check_numbers("vae config", self, most={"layers_per_block": _MOST_LAYERS})
+        self._check_blocks()
+        if self.act_fn not in sorted(ACTIVATIONS):  # a list, as the value may be unhashable
+            refuse("vae config", "act_fn", self.act_fn, f"one of {sorted(ACTIVATIONS)}")
         # Upstream sizes these two convolutions by out_channels, so that they fit no other number of latent channels.
         if (self.use_quant_conv or self.use_post_quant_conv) and self.out_channels != self.latent_channels:
             raise UserError(
-                f"VAE config: quant convolutions need out_channels == latent_channels, found {self.out_channels} and "
+                f"vae config: quant convolutions need out_channels == latent_channels, found {self.out_channels} and "
                 f"{self.latent_channels}"
             )
+
+    def _check_blocks(self):
+        channels = self.block_out_channels
+        if not isinstance(channels, tuple) or not 1 <= len(channels) <= _MOST_BLOCKS:
+            refuse("vae config", "block_out_channels", channels, f"a list of 1 to {_MOST_BLOCKS} whole numbers")
+        for level, width in enumerate(channels):
+            check_whole("vae config", f"block_out_channels[{level}]", width)
+        if any(width % self.norm_num_groups for width in channels):
+            expected = f"multiples of norm_num_groups, which is {self.norm_num_groups}"
+            refuse("vae config", "block_out_channels", channels, expected)
+        levels = len(channels)
+        for field, name in (("down_block_types", "CogVideoXDownBlock3D"), ("up_block_types", "CogVideoXUpBlock3D")):
+            if getattr(self, field) != (name,) * levels:
+                refuse("vae config", field, getattr(self, field), f"{levels} times {name!r}, once per block")
+        # Frames are halved where the resolution is, hence in every block but the last one at most.
+        if self.temporal_compression_ratio not in [2**level for level in range(levels)]:
+            expected = f"a power of two from 1 to {2 ** (levels - 1)}, as there are {levels} blocks"
+            refuse("vae config", "temporal_compression_ratio", self.temporal_compression_ratio, expected)
 
     @property
     def temporal_levels(self) -> int:

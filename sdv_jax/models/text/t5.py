@@ -18,6 +18,7 @@ There is no bias anywhere, the scores are not scaled, and there is no dropout: t
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ import numpy as np
 from flax import nnx
 
 from sdv_jax.errors import UserError
+from sdv_jax.models.config_check import MOST_LAYERS, check_numbers
 from sdv_jax.nn.attention import attention
 from sdv_jax.nn.linear import Linear
 from sdv_jax.nn.norms import RMSNorm
@@ -32,9 +34,13 @@ from sdv_jax.nn.stack import scan_blocks, stack
 from sdv_jax.typing import Array, Bool, Float, Int
 
 
+@no_type_check  # its own checks give the one line that a wrong value is due
 @dataclasses.dataclass(frozen=True)
 class T5Config:
-    """The keys of transformers' T5 `config.json` that shape the encoder, by the same names; defaults: T5 v1.1 XXL."""
+    """The keys of transformers' T5 `config.json` that shape the encoder, by the same names; defaults: T5 v1.1 XXL.
+
+    Raises `UserError` for values that no T5 v1.1 can have.
+    """
 
     vocab_size: int = 32128
     d_model: int = 4096
@@ -48,6 +54,7 @@ class T5Config:
     feed_forward_proj: str = "gated-gelu"
 
     def __post_init__(self):
+        check_numbers("T5 config", self, most={"num_layers": MOST_LAYERS})
         if self.feed_forward_proj != "gated-gelu":
             raise UserError(
                 f"T5 config: feed_forward_proj is {self.feed_forward_proj!r}, expected 'gated-gelu' (T5 v1.1); "
