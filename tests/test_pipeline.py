@@ -15,8 +15,8 @@ from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import adapter_files
 from sdv_jax.checkpoints.rules import cogvideox as rules
 from sdv_jax.data.images import fit_image
-from sdv_jax.models.cogvideox.vae import Tiling
 from sdv_jax.errors import UserError
+from sdv_jax.models.cogvideox.vae import Tiling
 from sdv_jax.pipeline import load_pipeline
 from sdv_jax.request import Geometry, check_request
 from tests.tiny_pipeline import save_pipeline

@@ -130,7 +130,7 @@ class World:
         self.config = config
 
     def rng(self, split: str, *seed: int) -> np.random.Generator:
-        """The random stream of a split ("train" or "heldout"); those of other splits or seeds (of one length) differ."""
+        """The random stream of a split ("train" or "heldout"); other splits or seeds (of one length) differ."""
         if split not in SPLITS:
             raise UserError(f"small world: unknown split {split!r}; use one of {', '.join(SPLITS)}")
         return np.random.default_rng((SPLITS[split], self.config.seed, *seed))
