@@ -134,8 +134,6 @@ def export(
         raise UserError(f"{model}: is a diffusers pipeline folder already; expected a converted model")
     family = model_folder.family_of(config, folder)
     stored = {name: model_folder.open_stored(folder, name, config) for name in family.components}
-    if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
-        raise UserError(f"{folder / 'tokenizer'}: no tokenizer_config.json; convert the model again")
     outputs = {
         name: _outputs(part, config["tensor_dtypes"][name], config["tied"][name]) for name, part in stored.items()
     }

@@ -61,7 +61,7 @@ def read_config(folder: Path) -> dict:
             errors.append(str(error))
     raise_all(errors)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    _check_scheduler(family, scheduler, folder / "scheduler" / "scheduler_config.json")
+    check_scheduler(family, scheduler, folder / "scheduler" / "scheduler_config.json")
     check_tokenizer(folder / "tokenizer", raw["text_encoder"])
     return {
         "format_version": FORMAT_VERSION,
@@ -106,6 +106,14 @@ def check_tokenizer(folder: Path, text_encoder: Mapping) -> None:
         )
 
 
+def check_scheduler(family: Family, raw: dict, file: Path) -> None:
+    """Raises UserError for scheduler settings that the family does not have; `file` says where they stand."""
+    try:
+        family.scheduler(raw)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
 def read_json(file: Path) -> dict:
     """The object in `file`; UserError if it is missing or not a JSON object."""
     try:
@@ -148,10 +156,3 @@ def _check_index(index: dict, file: Path, family: Family) -> None:
     problems += [f"no {name}" for name in ("scheduler", "tokenizer") if name not in parts]
     if problems:
         raise UserError(f"{file}: {'; '.join(problems)}")
-
-
-def _check_scheduler(family: Family, raw: dict, file: Path) -> None:
-    try:
-        family.scheduler(raw)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None

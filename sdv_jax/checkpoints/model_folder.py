@@ -7,6 +7,7 @@ MODEL/
 """
 
 import os
+import reprlib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,26 +19,36 @@ import numpy as np
 from flax import nnx
 
 from sdv_jax.checkpoints import arrays, diffusers_folder
-from sdv_jax.checkpoints.diffusers_folder import FORMAT_VERSION, open_component, parse_component, read_json
+from sdv_jax.checkpoints.diffusers_folder import (
+    FORMAT_VERSION,
+    check_tokenizer,
+    open_component,
+    parse_component,
+    read_json,
+)
 from sdv_jax.checkpoints.engine import Index, Leaf, Source, checksum
 from sdv_jax.checkpoints.families import FAMILIES, Family
-from sdv_jax.checkpoints.safetensors_io import listing
+from sdv_jax.checkpoints.safetensors_io import DTYPES, listing
 from sdv_jax.errors import UserError
 from sdv_jax.sharding import dotted, shardings
 
 MODEL_FILE = "model.json"
-_KEYS = (
-    "format_version",
-    "family",
-    "variant",
-    "source",
-    "model_index",
-    "config",
-    "scheduler",
-    "dtype",
-    "checksums",
-    "tokenizer",
-)
+_KEYS = {
+    "format_version": int,
+    "family": str,
+    "variant": str,
+    "source": str,
+    "model_index": dict,
+    "config": dict,
+    "scheduler": dict,
+    "dtype": dict,
+    "tied": dict,
+    "tensor_dtypes": dict,
+    "checksums": dict,
+    "tokenizer": dict,
+}
+_PER_COMPONENT = {"config": dict, "dtype": str, "tied": dict, "tensor_dtypes": dict, "checksums": dict}
+_JSON_NAMES = {dict: "an object", str: "a text", int: "a whole number"}
 
 
 def read_config(path: str | os.PathLike) -> dict:
@@ -62,10 +73,43 @@ def read_config(path: str | os.PathLike) -> dict:
         )
     if missing := [key for key in _KEYS if key not in config]:
         raise UserError(f"{folder / MODEL_FILE}: no {', '.join(missing)}; convert the model again")
-    absent = [name for name in family_of(config, folder).components if not isinstance(config["config"].get(name), dict)]
-    if absent:
-        raise UserError(f"{folder / MODEL_FILE}: no config of {', '.join(absent)}; convert the model again")
+    for key, kind in _KEYS.items():
+        _check_kind(folder, key, config[key], kind)
+    family = family_of(config, folder)
+    for key, kind in _PER_COMPONENT.items():
+        if absent := [name for name in family.components if name not in config[key]]:
+            raise UserError(f"{folder / MODEL_FILE}: no {key} of {', '.join(absent)}; convert the model again")
+        if surplus := sorted(config[key].keys() - family.components):
+            raise UserError(f"{folder / MODEL_FILE}: {key} of unknown {', '.join(surplus)}; convert the model again")
+        for name in family.components:
+            _check_kind(folder, f"{key}.{name}", config[key][name], kind)
+    _check_tensors(folder, config)
+    diffusers_folder.check_scheduler(family, config["scheduler"], folder / MODEL_FILE)
+    check_tokenizer(folder / "tokenizer", config["config"]["text_encoder"])
     return config
+
+
+def _check_kind(folder: Path, key: str, value, kind: type) -> None:
+    if type(value) is not kind:
+        raise UserError(
+            f"{folder / MODEL_FILE}: {key} is {reprlib.repr(value)}, expected {_JSON_NAMES[kind]}; "
+            "convert the model again"
+        )
+
+
+def _check_tensors(folder: Path, config: dict) -> None:
+    """What export looks up by tensor: the names each tied tensor goes by, the dtypes that differ from the array's."""
+    for name, found in config["tied"].items():
+        for tensor, names in found.items():
+            if not isinstance(names, list) or not names or not all(isinstance(other, str) for other in names):
+                where = f"{folder / MODEL_FILE}: tied.{name}.{tensor}"
+                raise UserError(f"{where} is {reprlib.repr(names)}, expected a list of names; convert the model again")
+    for name, found in config["tensor_dtypes"].items():
+        for tensor, code in found.items():
+            if not isinstance(code, str) or code not in DTYPES:
+                where = f"{folder / MODEL_FILE}: tensor_dtypes.{name}.{tensor}"
+                known = ", ".join(DTYPES)
+                raise UserError(f"{where} is {reprlib.repr(code)}, expected one of {known}; convert the model again")
 
 
 def family_of(config: dict, where: Path) -> Family:

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from sdv_jax.checkpoints.convert import convert
+from sdv_jax.checkpoints.convert import convert, export
 from sdv_jax.checkpoints.model_folder import check_sums, load_component, read_config
 from sdv_jax.errors import UserError
 from sdv_jax.sharding import dotted
@@ -167,6 +167,35 @@ DAMAGE = {
     "other family": (lambda m: edit(m, family="wan"), "unknown family 'wan'"),
     "incomplete model.json": (lambda m: edit(m, checksums=...), "no checksums"),
     "incomplete config": (lambda m: edit(m, config={}), "no config of transformer, vae, text_encoder"),
+    "config is a list": (lambda m: edit(m, config=[]), "model.json: config is [], expected an object"),
+    "config of a component is a text": (
+        lambda m: edit(m, config=dict.fromkeys(PARTS, "x")),
+        "model.json: config.transformer is 'x', expected an object",
+    ),
+    "no tied": (lambda m: edit(m, tied=...), "model.json: no tied;"),
+    "no tensor_dtypes": (lambda m: edit(m, tensor_dtypes=...), "model.json: no tensor_dtypes;"),
+    "tied of no component": (lambda m: edit(m, tied={}), "model.json: no tied of transformer, vae, text_encoder"),
+    "tied to a number": (
+        lambda m: edit(m, tied=dict.fromkeys(PARTS, {"shared.weight": 3})),
+        "model.json: tied.transformer.shared.weight is 3, expected a list of names",
+    ),
+    "unknown dtype of a tensor": (
+        lambda m: edit(m, tensor_dtypes=dict.fromkeys(PARTS, {"proj_out.bias": "F7"})),
+        "model.json: tensor_dtypes.transformer.proj_out.bias is 'F7', expected one of",
+    ),
+    "checksums of an unknown component": (
+        lambda m: edit(m, checksums=dict.fromkeys((*PARTS, "lung"), {})),
+        "model.json: checksums of unknown lung",
+    ),
+    "scheduler is a list": (lambda m: edit(m, scheduler=[]), "model.json: scheduler is [], expected an object"),
+    "unknown scheduler": (lambda m: edit(m, scheduler={"_class_name": "PNDM"}), "model.json: scheduler: unknown class"),
+    "model_index is null": (lambda m: edit(m, model_index=None), "model.json: model_index is None, expected an object"),
+    "family is a list": (lambda m: edit(m, family=["x"]), "model.json: family is ['x'], expected a text"),
+    "tokenizer is a text": (lambda m: edit(m, tokenizer="x"), "model.json: tokenizer is 'x', expected an object"),
+    "checksums is null": (lambda m: edit(m, checksums=None), "model.json: checksums is None, expected an object"),
+    "deep model.json": (lambda m: (m / "model.json").write_text("[" * 100_000), "brackets nest too deep"),
+    "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), "tokenizer: no tokenizer_config.json"),
+    "no vocabulary": (lambda m: (m / "tokenizer" / "tokenizer.json").unlink(), "tokenizer: no vocabulary"),
     "nothing": (lambda m: (m / "model.json").unlink(), "neither model.json"),
 }
 
@@ -176,6 +205,8 @@ def test_damage(model, case):
     change, message = DAMAGE[case]
     change(model)
     refused(lambda: load_component(model, "transformer"), str(model), message)
+    refused(lambda: export(model, model.with_name("out"), progress=False), str(model))
+    assert not model.with_name("out").exists()
 
 
 def test_no_such_folder_or_component(model, tmp_path):
