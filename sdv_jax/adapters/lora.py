@@ -97,9 +97,9 @@ def set_dropout_key(model: nnx.Module, key: Key[Array, ""] | None) -> None:
 def merge(model: nnx.Module) -> dict[str, LoRA]:
     """Adds each adapter into its kernel and empties the slots: the model computes the same without an adapter.
 
-    Returns layer path -> adapter, for `unmerge`. Kernels keep their dtype: in bfloat16 the sum is rounded, and `unmerge`
-    gives the kernels back within it (2**-8 of the larger of kernel and sum). An adapter
-    used with adaln_lora = "reference" cannot be merged, because a merged kernel acts on every stream.
+    Returns layer path -> adapter, for `unmerge`. Kernels keep their dtype: in bfloat16 the sum is rounded, and
+    `unmerge` gives the kernels back within that (2**-8 of the larger of kernel and sum). An adapter used with
+    adaln_lora = "reference" cannot be merged, because a merged kernel acts on every stream.
     """
     adapter = {path: layer.lora for path, layer in adapted(model)}
     for _, layer in adapted(model):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -72,6 +73,6 @@ def test_training(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found, expected)
     finished = train(CONFIG, lambda rng, n: pytest.fail("a finished run samples nothing"), workdir=tmp_path / "parts")
     video = sample(np.random.default_rng(0), 1) / np.float32(127.5) - 1
-    assert finished.encode(video)[0].shape == (1, 3, 4, 4, 4)
+    assert finished.encode(jnp.asarray(video))[0].shape == (1, 3, 4, 4, 4)
     with pytest.raises(UserError, match="another config"):
         train(dataclasses.replace(CONFIG, kl=1.0), sample, workdir=tmp_path / "parts")
