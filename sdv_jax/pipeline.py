@@ -84,7 +84,7 @@ class Pipeline:
         self.dtype = jnp.dtype(dtype)
         # stage -> seconds it took, of the latest call; of loading before the first one
         self.seconds: dict[str, float] = seconds or {}
-        self._tokenizer = tokenizer
+        self._tokenizer, self._vocabulary = tokenizer, text_encoder.config.vocab_size
         self._mesh, self._adaln_lora = mesh, adaln_lora
         self._transformer, self._vae, self._text_encoder = map(nnx.split, (transformer, vae, text_encoder))
 
@@ -161,10 +161,8 @@ class Pipeline:
             scales = np.broadcast_to(np.asarray(scales, np.float32), (request.steps,))
             result = self._denoise_all(request, solver, start, text, pictures, scales, noise, bars)
             if not jnp.isfinite(result).all():
-                raise UserError(
-                    "the denoised latents hold NaN or infinite values; lower the guidance, "
-                    "check the adapter, or use float32"
-                )
+                advice = "lower the guidance, check the adapter, or use float32"
+                raise UserError(f"the denoised latents hold NaN or infinite values; {advice}")
             if output == "video":
                 result = self._decode(result * (1 / self.scaling_factor), tiles=tiles, bars=bars)
                 result = np.clip(np.asarray(result, np.float32) / 2 + 0.5, 0, 1)
@@ -305,6 +303,8 @@ class Pipeline:
 
     def _encode_prompt(self, prompts, bars: Progress) -> Array:
         ids, _ = self._tokenizer.tokenize(prompts, max_length=self.text_length)
+        if (most := ids.max()) >= self._vocabulary:
+            raise UserError(f"tokenizer: token {most} of {self._vocabulary} in the text encoder; use its own tokenizer")
         graph, state = self._text_encoder
         return programs.TEXT(
             state,

@@ -9,7 +9,7 @@ if importlib.util.find_spec("beartype"):
 
     import tests.typechecker  # noqa: F401  the hook looks it up by name
 
-    packages = ["nn", "models", "adapters", "diffusion", "objectives"]
+    packages = ["nn", "models", "adapters"]
     install_import_hook([f"sdv_jax.{name}" for name in packages], "tests.typechecker.check")
 
 

@@ -234,6 +234,12 @@ def test_numbers_that_overflow_are_told(pipe):
         run(pipe, latents=np.full(shape, 3e38))
 
 
+def test_a_tokenizer_of_another_text_encoder(pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "_vocabulary", 1)
+    with pytest.raises(UserError, match="use its own tokenizer"):
+        run(pipe)
+
+
 def test_no_negative_prompt_is_the_empty_one(pipe):
     options = {"output": "latents", "guidance": 3.0}
     np.testing.assert_array_equal(run(pipe, negative_prompt=None, **options), run(pipe, **options))

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from sdv_jax.checkpoints.engine import Source, match
@@ -62,7 +62,7 @@ def read_config(folder: Path) -> dict:
     raise_all(errors)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     check_scheduler(family, scheduler, folder / "scheduler" / "scheduler_config.json")
-    check_tokenizer(folder / "tokenizer", raw["text_encoder"])
+    check_tokenizer(folder / "tokenizer")
     return {
         "format_version": FORMAT_VERSION,
         "family": family.name,
@@ -95,15 +95,11 @@ def parse_component(family: Family, name: str, raw: dict, where: Path):
     return component.parse(raw, where)
 
 
-def check_tokenizer(folder: Path, text_encoder: Mapping) -> None:
-    """Raises UserError for a tokenizer folder that is incomplete or damaged, or has more tokens than the config's."""
+def check_tokenizer(folder: Path) -> None:
+    """Raises UserError for a tokenizer folder that is incomplete or damaged."""
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder}: no tokenizer_config.json; the tokenizer's folder is missing or incomplete")
-    found, most = vocabulary_size(folder), text_encoder.get("vocab_size")
-    if isinstance(most, int) and found > most:
-        raise UserError(
-            f"{folder}: {found} tokens, expected at most {most} (vocab_size of the text encoder); use its own tokenizer"
-        )
+    vocabulary_size(folder)
 
 
 def check_scheduler(family: Family, raw: dict, file: Path) -> None:

@@ -85,7 +85,7 @@ def read_config(path: str | os.PathLike) -> dict:
             _check_kind(folder, f"{key}.{name}", config[key][name], kind)
     _check_tensors(folder, config)
     diffusers_folder.check_scheduler(family, config["scheduler"], folder / MODEL_FILE)
-    check_tokenizer(folder / "tokenizer", config["config"]["text_encoder"])
+    check_tokenizer(folder / "tokenizer")
     return config
 
 

@@ -173,10 +173,6 @@ def put(name: str, value):
     return change
 
 
-def _list_tokens(file, count: int) -> None:
-    file.write_text(json.dumps({"model": {"vocab": [[str(i), 0.0] for i in range(count)]}}))
-
-
 QKV = "transformer_blocks.1.attn1.to_k.weight"
 REFUSALS = {
     "missing tensor": (spoil("transformer", lambda t: t.pop(QKV)), f"missing {QKV} (32, 32)"),
@@ -246,10 +242,6 @@ REFUSALS = {
     "damaged vocabulary": (
         lambda s: (s / "tokenizer/spiece.model").write_bytes(b"\x0a\x50"),
         "tokenizer/spiece.model: damaged (",
-    ),
-    "tokenizer of another model": (
-        lambda s: _list_tokens(s / "tokenizer/tokenizer.json", 129),
-        "tokenizer: 129 tokens, expected at most 128 (vocab_size of the text encoder)",
     ),
     "json without end": (lambda s: (s / "vae/config.json").write_text('{"a":' * 100_000), "brackets nest too deep"),
 }

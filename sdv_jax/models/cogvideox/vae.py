@@ -92,9 +92,9 @@ class VAEConfig:
         for field, name in (("down_block_types", "CogVideoXDownBlock3D"), ("up_block_types", "CogVideoXUpBlock3D")):
             if getattr(self, field) != (name,) * levels:
                 refuse("vae config", field, getattr(self, field), f"{levels} times {name!r}, once per block")
-        # Frames are halved where the resolution is, hence in every block but the last one at most.
-        if self.temporal_compression_ratio not in [2**level for level in range(levels)]:
-            expected = f"a power of two from 1 to {2 ** (levels - 1)}, as there are {levels} blocks"
+        # diffusers takes a ratio that its blocks cannot make, too.
+        if self.temporal_compression_ratio not in [2**level for level in range(_MOST_BLOCKS)]:
+            expected = f"a power of two from 1 to {2 ** (_MOST_BLOCKS - 1)}"
             refuse("vae config", "temporal_compression_ratio", self.temporal_compression_ratio, expected)
 
     @property
