@@ -13,7 +13,7 @@ import sdv_jax
 from sdv_jax import programs
 from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import adapter_files
-from sdv_jax.checkpoints.rules import cogvideox as rules
+from sdv_jax.models.cogvideox import rules
 from sdv_jax.data.images import fit_image
 from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox.vae import Tiling

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sdv_jax.checkpoints.rules import cogvideox
+from sdv_jax.models.cogvideox import rules as cogvideox
 from sdv_jax.models.cogvideox.transformer import Transformer, TransformerConfig
 
 CONFIG = TransformerConfig(

@@ -10,11 +10,12 @@ import numpy as np
 from flax import nnx
 
 from sdv_jax.checkpoints.engine import Leaf, leaf_shapes, leaves_of
-from sdv_jax.checkpoints.rules import cogvideox, t5
+from sdv_jax.checkpoints.rules import t5
 from sdv_jax.checkpoints.rules.table import Rules
 from sdv_jax.diffusion.schedules import SchedulerConfig
 from sdv_jax.errors import UserError
 from sdv_jax.models import cogvideox as models
+from sdv_jax.models.cogvideox import rules as cogvideox
 from sdv_jax.models.cogvideox.transformer import Transformer, TransformerConfig
 from sdv_jax.models.cogvideox.vae import VAE, VAEConfig
 from sdv_jax.models.text.t5 import T5Config, T5Encoder

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import adapter_files
 from sdv_jax.checkpoints.adapter_files import WEIGHTS
-from sdv_jax.checkpoints.rules import cogvideox
+from sdv_jax.models.cogvideox import rules as cogvideox
 from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox.transformer import Transformer, TransformerConfig
 from tests.parity.compare import assert_close, relative_error
