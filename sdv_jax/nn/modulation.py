@@ -6,7 +6,7 @@ from flax import nnx
 
 from sdv_jax.nn.linear import Linear
 from sdv_jax.nn.norms import LayerNorm
-from sdv_jax.typing import Array, Float
+from sdv_jax.typing import Array, Float, Int
 
 
 class AdaLayerNormZero(nnx.Module):
@@ -62,3 +62,18 @@ class AdaLayerNormOut(nnx.Module):
 
 def _chunks(x: Float[Array, "b d"], count: int) -> list[Array]:
     return jnp.split(x[:, None], count, axis=-1)
+
+
+def keep_tokens(tokens: Float[Array, "b n d"], table, index: Int[Array, "b r"], references: int):
+    """Token drop: of the first `references` tokens only those that `index` names stay, in them and in their positions.
+
+    `table` is any tree of position arrays [n, k]; the result's have a batch axis, since examples keep different ones.
+    """
+    batch = tokens.shape[0]
+
+    def keep(x):
+        x = jnp.broadcast_to(x, (batch, *x.shape[-2:]))
+        kept = jnp.take_along_axis(x[:, :references], index[..., None], axis=1)
+        return jnp.concatenate([kept, x[:, references:]], axis=1)
+
+    return keep(tokens), jax.tree.map(keep, table)

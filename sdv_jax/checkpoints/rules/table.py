@@ -36,6 +36,14 @@ def patches(size: int) -> Transform:
     )
 
 
+def patches_3d(sizes: tuple[int, int, int]) -> Transform:
+    """A convolution over t×p×q patches [d, c, t, p, q] as a matrix [t·p·q·c, d] on (frame, row, column, channel)."""
+    return Transform(
+        lambda a: a.transpose(2, 3, 4, 1, 0).reshape(-1, a.shape[0]),
+        lambda a: a.reshape(*sizes, -1, a.shape[-1]).transpose(4, 3, 0, 1, 2),
+    )
+
+
 SAME = Transform(lambda a: a, lambda a: a)
 LINEAR = _axes(1, 0)  # [out, in] <-> [in, out]
 CONV2D = _axes(2, 3, 1, 0)  # [out, in, h, w] <-> [h, w, in, out]

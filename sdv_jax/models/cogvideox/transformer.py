@@ -19,7 +19,7 @@ from sdv_jax.nn import rope
 from sdv_jax.nn.attention import attention
 from sdv_jax.nn.embeddings import TimestepEmbedding, sincos_3d, timestep_sinusoid
 from sdv_jax.nn.linear import Linear
-from sdv_jax.nn.modulation import AdaLayerNormOut, AdaLayerNormZero, gated
+from sdv_jax.nn.modulation import AdaLayerNormOut, AdaLayerNormZero, gated, keep_tokens
 from sdv_jax.nn.norms import LayerNorm
 from sdv_jax.nn.stack import scan_blocks, stack
 from sdv_jax.typing import Array, Float, Int
@@ -123,7 +123,7 @@ class Transformer(nnx.Module):
         words, pixels = self.patch_embed.text(text.astype(dtype)), self.patch_embed.pixels(streams)
         table = positions(c, references + frames, height, width)
         if reference_index is not None:
-            pixels, table = _keep_tokens(pixels, table, reference_index, references * height * width)
+            pixels, table = keep_tokens(pixels, table, reference_index, references * height * width)
         x = jnp.concatenate([words, pixels], axis=1)
         lengths = (words.shape[1], pixels.shape[1] - frames * height * width)
 
@@ -254,14 +254,3 @@ def _before(x: Float[Array, "*b n k"], count: int, value: float) -> Array:
     pad[-2] = (count, 0)
     return jnp.pad(x, pad, constant_values=value)
 
-
-def _keep_tokens(pixels: Float[Array, "b n d"], table, index: Int[Array, "b r"], references: int):
-    """Drops the reference tokens that `index` does not name, from the tokens and from their position table alike."""
-    batch = pixels.shape[0]
-
-    def keep(x):
-        x = jnp.broadcast_to(x, (batch, *x.shape[-2:]))
-        kept = jnp.take_along_axis(x[:, :references], index[..., None], axis=1)
-        return jnp.concatenate([kept, x[:, references:]], axis=1)
-
-    return keep(pixels), jax.tree.map(keep, table)
