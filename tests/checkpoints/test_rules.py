@@ -1,8 +1,6 @@
 """The tables against the published checkpoints' tensor lists, and the engine's strictness on a toy."""
 
-import ast
 import functools
-import json
 import pathlib
 
 import numpy as np
@@ -11,23 +9,14 @@ import pytest
 from sdv_jax.checkpoints.diffusers_folder import parse_component
 from sdv_jax.checkpoints.engine import leaves_of, match, problems_between
 from sdv_jax.checkpoints.families import COGVIDEOX
-from sdv_jax.models.cogvideox import rules as cogvideox
 from sdv_jax.checkpoints.rules.table import CONV2D, CONV3D, LINEAR, SAME, Rule, Rules, patches
 from sdv_jax.checkpoints.safetensors_io import Tensor
 from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox import VARIANTS
+from sdv_jax.models.cogvideox import rules as cogvideox
+from tests.published import config, tensors
 
-PUBLISHED = pathlib.Path(__file__).parents[1] / "published"
 PARTS = [(model, part) for model in VARIANTS for part in COGVIDEOX.components]
-
-
-def tensors(model: str, part: str) -> dict[str, tuple[int, ...]]:
-    lines = (PUBLISHED / model / part / "tensors.txt").read_text().splitlines()
-    return {name: ast.literal_eval(shape) for name, shape in (line.split("\t") for line in lines)}
-
-
-def raw_config(model: str, part: str) -> dict:
-    return json.loads((PUBLISHED / model / part / "config.json").read_text())
 
 
 @functools.cache
@@ -39,7 +28,7 @@ def built(model: str, part: str):
 
 @pytest.mark.parametrize("model, part", PARTS)
 def test_published_config_is_the_variant(model, part):
-    assert parse_component(COGVIDEOX, part, raw_config(model, part), PUBLISHED) == getattr(VARIANTS[model], part)
+    assert parse_component(COGVIDEOX, part, config(model, part), pathlib.Path(model)) == getattr(VARIANTS[model], part)
 
 
 @pytest.mark.parametrize("model, part", PARTS)
