@@ -33,12 +33,12 @@ from sdv_jax.diffusion import SchedulerConfig, dynamic_scale, make_solver
 from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox.vae import Tiling
 from sdv_jax.models.text.tokenizer import Tokenizer
+from sdv_jax.nn.modulation import STREAMS
 from sdv_jax.progress import Progress
 from sdv_jax.request import (
     DTYPES,
     OUTPUTS,
     SCHEDULERS,
-    STREAMS,
     Geometry,
     Request,
     check_array,

@@ -14,7 +14,6 @@ STEPS, GUIDANCE = 50, 6.0  # the defaults of diffusers' CogVideoXPipeline
 OUTPUTS = ("video", "latents")
 DTYPES = ("float32", "bfloat16")
 SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
-STREAMS = ("all", "reference")  # what an adapter of the adaLN linears acts on
 _SEEDS = 2**32
 
 

@@ -23,6 +23,12 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# What a file of an adapter may hold besides: scalars of any kind, and weights of eight bits.
+MORE_DTYPES = {
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    **{f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)},
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 BLOCK_BYTES = 32 * 2**20
 SHARD_BYTES = 5 * 10**9
@@ -62,10 +68,11 @@ class Tensor:
         return buffer
 
 
-def read_header(file: Path) -> dict[str, Tensor]:
+def read_header(file: Path, *, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str, Tensor]:
     """The tensors of one file, checked against the file's size: no gap, no overlap, nothing missing at the end.
 
-    Raises UserError for a truncated or corrupt file and for a dtype that is not a floating point one of 16 to 64 bits.
+    Raises UserError for a truncated or corrupt file and for a dtype that is not one of `dtypes`: unless told otherwise
+    the floating point ones of 16 to 64 bits.
     """
     try:
         with open(file, "rb") as f:
@@ -81,7 +88,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        tensors = {name: _entry(file, name, item, 8 + length) for name, item in header.items()}
+        tensors = {name: _entry(file, name, item, 8 + length, dtypes) for name, item in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -102,11 +109,11 @@ def read_header(file: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _entry(file: Path, name: str, item: dict, base: int) -> Tensor:
-    if item["dtype"] not in DTYPES:
-        raise UserError(f"{file}: tensor {name} is stored as {item['dtype']}; supported are {', '.join(DTYPES)}")
+def _entry(file: Path, name: str, item: dict, base: int, dtypes: Mapping[str, np.dtype]) -> Tensor:
+    if item["dtype"] not in dtypes:
+        raise UserError(f"{file}: tensor {name} is stored as {item['dtype']}; supported are {', '.join(dtypes)}")
     start, stop = item["data_offsets"]
-    tensor = Tensor(file, name, DTYPES[item["dtype"]], tuple(int(n) for n in item["shape"]), base + int(start))
+    tensor = Tensor(file, name, dtypes[item["dtype"]], tuple(int(n) for n in item["shape"]), base + int(start))
     if min(tensor.shape, default=0) < 0 or stop - start != tensor.nbytes:
         raise UserError(
             f"{file}: tensor {name} has {stop - start} bytes, its shape {tensor.shape} needs {tensor.nbytes}; "

@@ -8,6 +8,8 @@ from sdv_jax.nn.linear import Linear
 from sdv_jax.nn.norms import LayerNorm
 from sdv_jax.typing import Array, Float, Int
 
+STREAMS = ("all", "reference")  # the values of `adaln_lora`: what an adapter of the adaLN linears acts on
+
 
 class AdaLayerNormZero(nnx.Module):
     """One linear makes (shift, scale, gate) for video tokens and (shift, scale, gate) for text tokens.
