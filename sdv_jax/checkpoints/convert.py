@@ -47,7 +47,7 @@ def convert(
     config = diffusers_folder.read_config(folder) | {"source": str(src)}
     family = model_folder.family_of(config, folder)
     sources, errors = {}, []
-    for name in family.components:
+    for name in config["config"]:
         try:
             sources[name] = diffusers_folder.open_component(folder, family, name, config["config"][name])
         except UserError as error:
@@ -133,7 +133,7 @@ def export(
     if not (folder / MODEL_FILE).is_file():
         raise UserError(f"{model}: is a diffusers pipeline folder already; expected a converted model")
     family = model_folder.family_of(config, folder)
-    stored = {name: model_folder.open_stored(folder, name, config) for name in family.components}
+    stored = {name: model_folder.open_stored(folder, name, config) for name in config["config"]}
     outputs = {
         name: _outputs(part, config["tensor_dtypes"][name], config["tied"][name]) for name, part in stored.items()
     }
@@ -149,6 +149,8 @@ def export(
         write_json(partial / "scheduler" / "scheduler_config.json", config["scheduler"])
         shutil.copytree(folder / "tokenizer", partial / "tokenizer")
         write_json(partial / "model_index.json", config["model_index"])
+        if config["defaults"]:
+            write_json(partial / diffusers_folder.DEFAULTS_FILE, config["defaults"])
 
 
 def _outputs(stored: Stored, narrow: dict[str, str], tied: dict[str, list[str]]) -> list[Output]:

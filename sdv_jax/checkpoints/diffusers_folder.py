@@ -6,14 +6,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdv_jax.checkpoints.engine import Source, match
-from sdv_jax.checkpoints.families import FAMILIES, Family
+from sdv_jax.checkpoints.families import families
+from sdv_jax.checkpoints.family import Family
 from sdv_jax.checkpoints.safetensors_io import open_folder
 from sdv_jax.errors import UserError
+from sdv_jax.models.contract import check_defaults
 from sdv_jax.models.text.tokenizer import vocabulary_size
 
 FORMAT_VERSION = 1
+DEFAULTS_FILE = "defaults.json"  # ours, and optional: the size and the steps that a model is meant to be sampled with
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("model_index.json", "*/*.json", "*/*.safetensors", "tokenizer/*", "scheduler/*")
+_HUB_FILES = ("model_index.json", "defaults.json", "*/*.json", "*/*.safetensors", "tokenizer/*", "scheduler/*")
 
 
 def locate(source: str | Path) -> Path:
@@ -45,15 +48,15 @@ def read_config(folder: Path) -> dict:
     if not index_file.is_file():
         raise UserError(f"{folder}: no model_index.json; expected a diffusers pipeline folder")
     index = read_json(index_file)
-    family = next((f for f in FAMILIES if f.pipeline == index.get("_class_name")), None)
+    family = next((f for f in families() if index.get("_class_name") in f.pipelines), None)
     if family is None:
         raise UserError(
             f"{index_file}: unknown pipeline class {index.get('_class_name')!r}; "
-            f"known: {', '.join(f.pipeline for f in FAMILIES)}"
+            f"known: {', '.join(name for f in families() for name in f.pipelines)}"
         )
     _check_index(index, index_file, family)
     raw, configs, errors = {}, {}, []
-    for name in family.components:
+    for name in _present(index, family):
         try:
             raw[name] = read_json(folder / name / "config.json")
             configs[name] = parse_component(family, name, raw[name], folder / name / "config.json")
@@ -63,6 +66,7 @@ def read_config(folder: Path) -> dict:
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     check_scheduler(family, scheduler, folder / "scheduler" / "scheduler_config.json")
     check_tokenizer(folder / "tokenizer")
+    defaults = folder / DEFAULTS_FILE
     return {
         "format_version": FORMAT_VERSION,
         "family": family.name,
@@ -71,6 +75,7 @@ def read_config(folder: Path) -> dict:
         "model_index": index,
         "config": raw,
         "scheduler": scheduler,
+        "defaults": check_defaults(read_json(defaults), str(defaults)) if defaults.is_file() else {},
     }
 
 
@@ -131,8 +136,16 @@ def raise_all(errors: Iterable[str]) -> None:
         raise UserError(" | ".join(errors))
 
 
+def _present(index: dict, family: Family) -> list[str]:
+    """The components of a pipeline: all, but for optional ones that its index leaves away or calls [null, null]."""
+    def there(name: str) -> bool:
+        return isinstance(index.get(name), list) and index[name][-1:] != [None]
+
+    return [name for name, component in family.components.items() if not component.optional or there(name)]
+
+
 def _check_index(index: dict, file: Path, family: Family) -> None:
-    expected = {name: component.torch_class for name, component in family.components.items()}
+    expected = {name: family.components[name].torch_class for name in _present(index, family)}
     parts = {
         name: value[1]
         for name, value in index.items()

@@ -27,9 +27,11 @@ from sdv_jax.checkpoints.diffusers_folder import (
     read_json,
 )
 from sdv_jax.checkpoints.engine import Index, Leaf, Source, checksum
-from sdv_jax.checkpoints.families import FAMILIES, Family
+from sdv_jax.checkpoints.families import families
+from sdv_jax.checkpoints.family import Family
 from sdv_jax.checkpoints.safetensors_io import DTYPES, listing
 from sdv_jax.errors import UserError
+from sdv_jax.models.contract import check_defaults
 from sdv_jax.sharding import dotted, shardings
 
 MODEL_FILE = "model.json"
@@ -77,15 +79,19 @@ def read_config(path: str | os.PathLike) -> dict:
         _check_kind(folder, key, config[key], kind)
     family = family_of(config, folder)
     for key, kind in _PER_COMPONENT.items():
-        if absent := [name for name in family.components if name not in config[key]]:
+        present = {name for name, part in family.components.items() if not part.optional} | config["config"].keys()
+        if absent := sorted(present - config[key].keys()):
             raise UserError(f"{folder / MODEL_FILE}: no {key} of {', '.join(absent)}; convert the model again")
         if surplus := sorted(config[key].keys() - family.components):
             raise UserError(f"{folder / MODEL_FILE}: {key} of unknown {', '.join(surplus)}; convert the model again")
-        for name in family.components:
+        for name in config[key]:
             _check_kind(folder, f"{key}.{name}", config[key][name], kind)
     _check_tensors(folder, config)
     diffusers_folder.check_scheduler(family, config["scheduler"], folder / MODEL_FILE)
     check_tokenizer(folder / "tokenizer")
+    where = f"{folder / MODEL_FILE}: defaults"
+    _check_kind(folder, "defaults", config.setdefault("defaults", {}), dict)  # models of version 0.1.0 have none
+    check_defaults(config["defaults"], where)
     return config
 
 
@@ -114,10 +120,10 @@ def _check_tensors(folder: Path, config: dict) -> None:
 
 def family_of(config: dict, where: Path) -> Family:
     """The family that model.json names."""
-    for family in FAMILIES:
+    for family in families():
         if family.name == config["family"]:
             return family
-    raise UserError(f"{where}: unknown family {config['family']!r}; known: {', '.join(f.name for f in FAMILIES)}")
+    raise UserError(f"{where}: unknown family {config['family']!r}; known: {', '.join(f.name for f in families())}")
 
 
 @dataclass(frozen=True)
@@ -168,8 +174,8 @@ def load_component(
     folder = Path(path)
     config = read_config(folder)
     family = family_of(config, folder)
-    if name not in family.components:
-        raise UserError(f"{folder}: no component {name!r}; a {family.name} model has {', '.join(family.components)}")
+    if name not in config["config"]:
+        raise UserError(f"{folder}: no component {name!r}; this {family.name} model has {', '.join(config['config'])}")
     parsed = parse_component(family, name, config["config"][name], folder / name / "config.json")
     if (folder / MODEL_FILE).is_file():
         if check:

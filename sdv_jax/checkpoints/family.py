@@ -1,0 +1,128 @@
+"""The contract of a family: its components by folder name, how each is built and converted, and its traits."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import numpy as np
+from flax import nnx
+
+from sdv_jax.checkpoints.engine import Leaf, leaf_shapes, leaves_of
+from sdv_jax.checkpoints.rules.table import Rules
+from sdv_jax.errors import UserError
+from sdv_jax.models.contract import Traits
+from sdv_jax.sharding import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One weight-holding part of a pipeline. `stem` is how its weight files are called on export."""
+
+    torch_class: str
+    stem: str
+    parse: Callable[[Mapping, Path], object]
+    module: Callable[..., nnx.Module]
+    rules: Callable[[object], Rules]
+    optional: bool = False
+
+    def abstract(self, config, *, dtype) -> nnx.Module:
+        """The module with shapes for weights."""
+        graph, state = _traced(self.module, config, np.dtype(dtype))
+        return nnx.merge(graph, jax.tree.map(lambda shape: shape, state))
+
+    def but_optional(self) -> "Component":
+        """The same kind of part, which a pipeline may lack."""
+        return dataclasses.replace(self, optional=True)
+
+    def leaves(self, config) -> tuple[Leaf, ...]:
+        """What has to be filled."""
+        _, state = _traced(self.module, config, np.dtype(np.float32))
+        return leaves_of(leaf_shapes(state), self.rules(config))
+
+
+@functools.lru_cache(maxsize=16)
+def _traced(module: Callable[..., nnx.Module], config, dtype: np.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+    """Tracing the constructor of a deep VAE takes a second, and a model's shapes are asked for several times."""
+    return nnx.split(nnx.eval_shape(lambda: module(config, dtype=dtype, rngs=nnx.Rngs(0))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of pipeline.
+
+    Attributes:
+      name: as model.json has it.
+      pipelines: the diffusers classes whose folders are read; the first is the one a new model is written for.
+      components: by folder name; those that are `optional` may be absent.
+      denoisers: the components that predict, noisiest expert first.
+      scheduler: parses scheduler_config.json; `schedulers`: names users have for the classes it knows.
+      variants: published name -> config whose attributes are the component configs.
+      sharding: the denoiser's table.
+      lora_targets: default targets of an adapter.
+      traits: (component configs, model.json) -> what pipeline and training must know.
+      options: (streams of an adaLN adapter, placement of references) -> keywords of the transformer's call.
+      original_names: module with `diffusers_name` and `original_name`, where the original release has names of its own.
+      peer: module that runs the same components in torch, for `--verify`.
+    """
+
+    name: str
+    pipelines: tuple[str, ...]
+    components: Mapping[str, Component]
+    scheduler: Callable[[Mapping], object]
+    schedulers: Mapping[str, str]
+    variants: Mapping
+    sharding: Table
+    lora_targets: tuple[str, ...]
+    traits: Callable[[Mapping[str, object], Mapping], Traits]
+    options: Callable[[str, Mapping | None], dict]
+    peer: str
+    denoisers: tuple[str, ...] = ("transformer",)
+    original_names: ModuleType | None = None
+
+    @property
+    def denoiser(self) -> str:
+        """The component that adapters and training are about."""
+        return self.denoisers[0]
+
+    def variant(self, configs: Mapping[str, object]) -> str:
+        """The published model these component configs are those of, or "custom"."""
+        for name, published in self.variants.items():
+            own = {part: getattr(published, part, None) for part in self.components}
+            if all(own[part] == configs.get(part) for part in self.components):
+                return name
+        return "custom"
+
+    def placement(self, name: str) -> Table:
+        """The sharding table of a component. What the denoiser's table does not name elsewhere is replicated."""
+        return self.sharding if name in self.denoisers else (*self.sharding, (r"", jax.P()))
+
+
+def fields(cls) -> Callable[[Mapping, Path], object]:
+    """Reads a diffusers config.json: its keys are the fields of `cls`; those that start with "_" are only notes."""
+
+    def parse(raw: Mapping, where: Path):
+        values = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in raw.items()
+            if not key.startswith("_")
+        }
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            known = ", ".join(sorted(known))
+            raise UserError(f"{where}: unknown config key {', '.join(unknown)}; {raw.get('_class_name')} has {known}")
+        return located(lambda: cls(**values), where)
+
+    return parse
+
+
+def located(make: Callable, where: Path):
+    """`make()`, with the place in front of what it complains about."""
+    try:
+        return make()
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (TypeError, ArithmeticError, AttributeError) as error:  # a value of the wrong kind, such as a text for a size
+        raise UserError(f"{where}: a value does not make sense ({str(error).splitlines()[0]})") from None
