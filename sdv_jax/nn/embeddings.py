@@ -38,11 +38,12 @@ def sincos_3d(t: np.ndarray, h: np.ndarray, w: np.ndarray, width: int) -> Float[
     shape = (len(t), len(h), len(w))
     spatial = 3 * width // 4
     parts = ((t, width // 4, (1, 2)), (w, spatial // 2, (0, 1)), (h, spatial // 2, (0, 2)))
-    grids = [np.broadcast_to(np.expand_dims(_sincos(x, size), axes), (*shape, size)) for x, size, axes in parts]
-    return jnp.asarray(np.concatenate(grids, -1).reshape(-1, width).astype(np.float32))
+    # Only the axes' own tables are constants: the whole one has hundreds of megabytes in a model of real size.
+    grids = [jnp.broadcast_to(np.expand_dims(_sincos(x, size), axes), (*shape, size)) for x, size, axes in parts]
+    return jnp.concatenate(grids, -1).reshape(-1, width)
 
 
 def _sincos(positions: np.ndarray, size: int) -> np.ndarray:
     frequencies = 1.0 / 10000 ** (np.arange(size // 2, dtype=np.float64) / (size / 2.0))
     angles = np.outer(positions.astype(np.float64), frequencies)
-    return np.concatenate([np.sin(angles), np.cos(angles)], -1)
+    return np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32)

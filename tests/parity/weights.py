@@ -11,9 +11,9 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from flax import nnx
 
-from sdv_jax.checkpoints.engine import match
-from sdv_jax.checkpoints.families import COGVIDEOX
+from sdv_jax.checkpoints.engine import leaf_shapes, leaves_of, match
 from sdv_jax.checkpoints.safetensors_io import Tensor
+from sdv_jax.models.cogvideox import rules
 from sdv_jax.models.cogvideox.transformer import Transformer, TransformerConfig
 
 TINY = {
@@ -45,11 +45,11 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 
 def from_torch(theirs: torch.nn.Module, config: TransformerConfig, dtype=jnp.float32) -> Transformer:
     """Our transformer with the weights of a diffusers one, through the rule table and the strict engine."""
-    component = COGVIDEOX.components["transformer"]
+    table = rules.of_transformer(config)
+    model = nnx.eval_shape(lambda: Transformer(config, dtype=dtype, rngs=nnx.Rngs(0)))
     tensors = {name: _InMemory.of(name, value) for name, value in theirs.state_dict().items()}
-    source = match(tensors, component.leaves(config), component.rules(config), where="memory")
+    source = match(tensors, leaves_of(leaf_shapes(nnx.state(model)), table), table, where="memory")
     leaves = {leaf.path: leaf for leaf in source.leaves}
-    model = component.abstract(config, dtype=dtype)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         leaf = leaves[".".join(path)]
         variable.set_value(

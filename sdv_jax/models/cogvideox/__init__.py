@@ -28,10 +28,21 @@ _T5_XXL = T5Config(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_laye
 
 _2B = TransformerConfig(num_attention_heads=30, num_layers=30)
 _5B = TransformerConfig(num_attention_heads=48, num_layers=42, use_rotary_positional_embeddings=True)
+_5B_I2V = dataclasses.replace(_5B, in_channels=32, use_learned_positional_embeddings=True)
+_1_5 = dataclasses.replace(
+    _5B, patch_size_t=2, patch_bias=False, sample_height=96, sample_width=170, sample_frames=81
+)
+_1_5_I2V = dataclasses.replace(_1_5, in_channels=32, ofs_embed_dim=512)
+
+_VAE = VAEConfig(scaling_factor=0.7)
+_VAE_1_5 = dataclasses.replace(_VAE, invert_scale_latents=True)
 
 VARIANTS = {
     "CogVideoX-2b": CogVideoXConfig(_2B, VAEConfig(scaling_factor=1.15258426), _T5_XXL),
-    "CogVideoX-5b": CogVideoXConfig(_5B, VAEConfig(scaling_factor=0.7), _T5_XXL),
+    "CogVideoX-5b": CogVideoXConfig(_5B, _VAE, _T5_XXL),
+    "CogVideoX-5b-I2V": CogVideoXConfig(_5B_I2V, _VAE, _T5_XXL),
+    "CogVideoX1.5-5B": CogVideoXConfig(_1_5, _VAE_1_5, _T5_XXL),
+    "CogVideoX1.5-5B-I2V": CogVideoXConfig(_1_5_I2V, _VAE_1_5, _T5_XXL),
 }
 
 # Paper A's list, in PEFT's sense: a module is hit when its name in the diffusers checkpoint equals an entry or ends in
@@ -43,7 +54,7 @@ SHARDING = (
     (r"\.lora\.(a|b)$", jax.P()),
     (r"^blocks\..*\.kernel$", jax.P(None, "fsdp", None)),
     (r"^(patch_embed\.text_proj|norm_out\.linear|proj_out)\.kernel$", jax.P("fsdp", None)),
-    (r"^(blocks|patch_embed|time_embedding|norm_final|norm_out|proj_out)\.", jax.P()),
+    (r"^(blocks|patch_embed|time_embedding|ofs_embedding|norm_final|norm_out|proj_out)\.", jax.P()),
 )
 
 

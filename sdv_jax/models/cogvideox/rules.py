@@ -1,6 +1,7 @@
 """CogVideoX transformer and VAE: diffusers' tensor names and ours."""
 
-from sdv_jax.checkpoints.rules.table import CONV2D, CONV3D, LINEAR, Rule, Rules, Transform, patches
+from sdv_jax.checkpoints.rules.table import CONV2D, CONV3D, LINEAR, Rule, Rules, Transform, patches, patches_3d
+from sdv_jax.models.cogvideox.transformer import TransformerConfig
 
 _BLOCK = "transformer_blocks.{l}."
 
@@ -13,14 +14,28 @@ def _norm(torch: str, ours: str) -> tuple[Rule, Rule]:
     return Rule(f"{torch}.weight", f"{ours}.scale"), Rule(f"{torch}.bias", f"{ours}.bias")
 
 
-def transformer(patch_size: int = 2) -> Rules:
-    """The transformer's table; only the patch embedding's layout depends on the configuration."""
+def _flat_patches(sizes: tuple[int, int, int]) -> Transform:
+    """The same as `patches_3d` where torch, too, has a matrix: [d, c·t·p·q]."""
+    unfolded = patches_3d(sizes)
+    return Transform(
+        lambda a: unfolded.to_ours(a.reshape(a.shape[0], -1, *sizes)),
+        lambda a: unfolded.to_torch(a).reshape(a.shape[-1], -1),
+    )
+
+
+def transformer(patch_size: int = 2, patch_size_t: int | None = None) -> Rules:
+    """The transformer's table; only the patch embedding's layout depends on the configuration.
+
+    It is a convolution over frames in 1.0 and a linear layer on patches of `patch_size_t` frames in 1.5.
+    """
+    p, t = patch_size, patch_size_t
     return Rules(
         table=(
-            Rule("patch_embed.proj.weight", "patch_embed.proj.kernel", patches(patch_size)),
+            Rule("patch_embed.proj.weight", "patch_embed.proj.kernel", _flat_patches((t, p, p)) if t else patches(p)),
             Rule("patch_embed.proj.bias", "patch_embed.proj.bias"),
+            Rule("patch_embed.pos_embedding", "patch_embed.pos_embedding"),
             *_linear("patch_embed.text_proj", "patch_embed.text_proj"),
-            *_linear("time_embedding.{part:linear_1|linear_2}", "time_embedding.{part}"),
+            *_linear("{at:time_embedding|ofs_embedding}.{part:linear_1|linear_2}", "{at}.{part}"),
             *_linear(_BLOCK + "{norm:norm1|norm2}.linear", "blocks.{norm}.linear"),
             *_norm(_BLOCK + "{norm:norm1|norm2}.norm", "blocks.{norm}.norm"),
             *_norm(_BLOCK + "attn1.{norm:norm_q|norm_k}", "blocks.attn1.{norm}"),
@@ -34,6 +49,11 @@ def transformer(patch_size: int = 2) -> Rules:
             *_linear("proj_out", "proj_out"),
         )
     )
+
+
+def of_transformer(config: TransformerConfig) -> Rules:
+    """The table of a transformer with that config."""
+    return transformer(config.patch_size, config.patch_size_t)
 
 
 def _module(at: str, transform: Transform, *, inner: str = "") -> tuple[Rule, Rule]:

@@ -1,4 +1,4 @@
-"""The CogVideoX 1.0 diffusion transformer (2B: sin-cos positions, 5B: rotary ones), with reference images as tokens.
+"""The CogVideoX diffusion transformer (1.0 and 1.5, text- and image-to-video), with reference images as tokens.
 
 Every token attends to every token in the order [text | reference | video]. A reference image is no new module: its
 latent goes through the video's patch embedding and stands on the time axis before the clip (paper A's architecture).
@@ -14,7 +14,7 @@ from einops import rearrange
 from flax import nnx
 
 from sdv_jax.errors import UserError
-from sdv_jax.models.config_check import MOST_LAYERS, check_numbers
+from sdv_jax.models.config_check import MOST_LAYERS, check_numbers, check_whole, refuse
 from sdv_jax.nn import rope
 from sdv_jax.nn.attention import attention
 from sdv_jax.nn.embeddings import TimestepEmbedding, sincos_3d, timestep_sinusoid
@@ -24,13 +24,19 @@ from sdv_jax.nn.norms import LayerNorm
 from sdv_jax.nn.stack import scan_blocks, stack
 from sdv_jax.typing import Array, Float, Int
 
+OFS = 2.0  # the one value that models with an ofs embedding are given (diffusers' CogVideoXImageToVideoPipeline)
+
+Grid = tuple[int, int, int]
+
 
 @no_type_check  # its own checks give the one line that a wrong value is due
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Keys and defaults of diffusers' `CogVideoXTransformer3DModel`; sizes in latent pixels, `sample_frames` in frames.
 
-    Raises `UserError` for values that CogVideoX 1.0 text-to-video does not have.
+    `patch_size_t` is what makes a 1.5: patches span that many latent frames, and positions count patches from 0 on
+    instead of being stretched over the trained grid. There `patch_bias` means nothing (the patch embedding has one).
+    Raises `UserError` for values and combinations that no CogVideoX has.
     """
 
     num_attention_heads: int = 30
@@ -63,19 +69,30 @@ class TransformerConfig:
     patch_bias: bool = True
 
     def __post_init__(self):
+        label = "transformer config"
         zero = ("freq_shift", "dropout")
-        check_numbers("transformer config", self, may_be_zero=zero, most={"num_layers": MOST_LAYERS})
-        only = {"ofs_embed_dim": None, "patch_size_t": None, "activation_fn": "gelu-approximate",
-                "timestep_activation_fn": "silu", "use_learned_positional_embeddings": False, "dropout": 0.0}
+        check_numbers(label, self, may_be_zero=zero, most={"num_layers": MOST_LAYERS})
+        only = {"activation_fn": "gelu-approximate", "timestep_activation_fn": "silu", "dropout": 0.0}
         for key, value in only.items():
             if getattr(self, key) != value:
-                raise UserError(f"transformer config: {key} = {getattr(self, key)!r} is not supported, "
-                                f"expected {value!r} (CogVideoX 1.0 text-to-video)")
+                raise UserError(f"{label}: {key} = {getattr(self, key)!r} is not supported, expected {value!r}")
+        if self.patch_size_t is not None:
+            check_whole(label, "patch_size_t", self.patch_size_t)
+        if self.ofs_embed_dim is not None and self.ofs_embed_dim != self.time_embed_dim:
+            refuse(label, "ofs_embed_dim", self.ofs_embed_dim, f"null or time_embed_dim, {self.time_embed_dim}")
+        self._check_positions(label)
+
+    def _check_positions(self, label: str):
         rotary = self.use_rotary_positional_embeddings
+        for key in ("use_learned_positional_embeddings", "patch_size_t"):
+            if getattr(self, key) and not rotary:
+                raise UserError(f"{label}: {key} = {getattr(self, key)} needs use_rotary_positional_embeddings = true")
+        if self.use_learned_positional_embeddings and self.patch_size_t:
+            raise UserError(f"{label}: use_learned_positional_embeddings = true; expected false with a patch_size_t")
         if (self.attention_head_dim if rotary else self.width) % 16:
             found = f"attention_head_dim = {self.attention_head_dim}, num_attention_heads = {self.num_attention_heads}"
             wanted = f"{'attention_head_dim' if rotary else 'their product'} to be a multiple of 16"
-            raise UserError(f"transformer config: {found}; expected {wanted}, for the position embedding")
+            raise UserError(f"{label}: {found}; expected {wanted}, for the position embedding")
 
     @property
     def width(self) -> int:
@@ -83,82 +100,162 @@ class TransformerConfig:
         return self.num_attention_heads * self.attention_head_dim
 
     @property
+    def patch(self) -> Grid:
+        """Latent frames, rows and columns of a patch."""
+        return self.patch_size_t or 1, self.patch_size, self.patch_size
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether half of the input channels are a first frame's (image-to-video)."""
+        return self.in_channels == 2 * self.out_channels
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the noisy latents, of a reference and of an image."""
+        return self.in_channels // 2 if self.takes_image else self.in_channels
+
+    @property
     def latent_frames(self) -> int:
         """Latent frames of a clip of the default length."""
         return (self.sample_frames - 1) // self.temporal_compression_ratio + 1
 
+    def padded_frames(self, latent_frames: int) -> int:
+        """How many latent frames are denoised for a clip of `latent_frames`: the next multiple of `patch_size_t`.
+
+        As in diffusers' pipelines, what is more is noise like the rest, and is dropped from the front before decoding.
+        """
+        return latent_frames + -latent_frames % self.patch[0]
+
+    def grid(self, shape: tuple[int, ...]) -> Grid:
+        """Tokens along (t, h, w) of latents [..., t, h, w, c]. Raises UserError for sizes the model cannot take."""
+        *sizes, channels = shape[-4:]
+        if channels != self.latent_channels:
+            raise UserError(f"latents have {channels} channels; expected {self.latent_channels}")
+        for size, patch, axis in zip(sizes, self.patch, ("frames", "rows", "columns"), strict=True):
+            if size % patch:
+                raise UserError(f"latents have {size} {axis}; expected a multiple of {patch}, the patch size")
+        trained = [self.sample_height, self.sample_width]
+        if self.use_learned_positional_embeddings and sizes[1:] != trained:
+            raise UserError(
+                f"latents are {sizes[1]} x {sizes[2]} (height x width); expected {trained[0]} x {trained[1]}, the only "
+                "size that this model has learned positions for"
+            )
+        return tuple(size // patch for size, patch in zip(sizes, self.patch, strict=True))
+
 
 class Transformer(nnx.Module):
-    """Predicts v for noisy latents, given text and, if there are any, reference images."""
+    """Predicts v for noisy latents, given text and, if there are any, reference images and a first frame."""
 
     def __init__(self, config: TransformerConfig, *, dtype=jnp.float32, rngs: nnx.Rngs):
         c = self.config = config
         norm = {"eps": c.norm_eps, "affine": c.norm_elementwise_affine, "dtype": dtype}
         self.patch_embed = PatchEmbed(c, dtype=dtype, rngs=rngs)
         self.time_embedding = TimestepEmbedding(c.width, c.time_embed_dim, dtype=dtype, rngs=rngs)
+        self.ofs_embedding = nnx.data(None)
+        if c.ofs_embed_dim is not None:
+            self.ofs_embedding = TimestepEmbedding(c.ofs_embed_dim, c.time_embed_dim, dtype=dtype, rngs=rngs)
         self.blocks = stack(lambda rngs: Block(c, dtype=dtype, rngs=rngs), c.num_layers, rngs=rngs)
         self.norm_final = LayerNorm(c.width, **norm)
         self.norm_out = AdaLayerNormOut(c.time_embed_dim, c.width, **norm, rngs=rngs)
-        self.proj_out = Linear(c.width, c.patch_size**2 * c.out_channels, dtype=dtype, rngs=rngs)
+        self.proj_out = Linear(c.width, int(np.prod(c.patch)) * c.out_channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, latents: Float[Array, "b t h w c"], text: Float[Array, "b s e"],
                  timesteps: Int[Array, " b"] | Float[Array, " b"], *,
                  reference: Float[Array, "b k h w c"] | None = None, reference_index: Int[Array, "b r"] | None = None,
-                 adaln_lora: str = "all") -> Float[Array, "b t h w o"]:
+                 image: Float[Array, "b 1 h w c"] | None = None, adaln_lora: str = "all") -> Float[Array, "b t h w o"]:
         """Raw prediction (v) for `latents`, in their dtype; o = out_channels, which is c for every published model.
 
-        `reference` holds k clean reference latents per example; they take frames 0..k-1 of the time axis and the clip
-        the frames from k on. `reference_index` keeps only those of the k·h·w reference tokens (after patching), each
-        with its own position: token drop. `adaln_lora` says which streams an adapter of the adaLN linears acts on,
-        "all" or "reference".
+        `reference` holds k clean reference latents per example; they take slots 0..k-1 of the time axis and the clip
+        the slots from k on. `reference_index` keeps only those of the k·h·w reference tokens (after patching), each
+        with its own position: token drop. `image` is the clean latent of the first frame, for models that take one;
+        without it such a model sees an empty one. `adaln_lora` says which streams an adapter of the adaLN linears acts
+        on, "all" or "reference".
+
+        Our choices where the paper names none: a slot of a model whose patches span several frames is filled by
+        repeating the reference; the image channels of a reference are empty; learned positions, which are absolute and
+        of one clip length, give every reference those of the clip's first frame (its slot is told by the rotary table).
+
+        Raises:
+          UserError: latents of a size or kind that the model cannot take, or an `image` for a model that takes none.
         """
-        c, p = self.config, self.config.patch_size
-        frames, height, width = latents.shape[1], latents.shape[2] // p, latents.shape[3] // p
-        dtype = latents.dtype
-        time = timestep_sinusoid(timesteps, c.width, flip_sin_to_cos=c.flip_sin_to_cos, freq_shift=c.freq_shift)
-        time = self.time_embedding(time.astype(dtype))
-
+        c, dtype = self.config, latents.dtype
+        grid = c.grid(latents.shape)
         references = 0 if reference is None else reference.shape[1]
-        streams = latents if reference is None else jnp.concatenate([reference.astype(dtype), latents], axis=1)
-        words, pixels = self.patch_embed.text(text.astype(dtype)), self.patch_embed.pixels(streams)
-        table = positions(c, references + frames, height, width)
+        pixels = self.patch_embed.pixels(_with_image(c, latents, image))
+        if reference is not None:
+            pixels = jnp.concatenate([self.patch_embed.pixels(_pictures(c, reference.astype(dtype))), pixels], axis=1)
+        words = self.patch_embed.text(text.astype(dtype))
+        table = rotary(c, grid, references=references)
+        word_places, places = self.patch_embed.places(grid, words.shape[1], references=references)
         if reference_index is not None:
-            pixels, table = keep_tokens(pixels, table, reference_index, references * height * width)
-        x = jnp.concatenate([words, pixels], axis=1)
-        lengths = (words.shape[1], pixels.shape[1] - frames * height * width)
+            frame = grid[1] * grid[2]
+            pixels, (table, places) = keep_tokens(pixels, (table, places), reference_index, references * frame)
+        if word_places is not None:
+            words = words + word_places.astype(dtype)
+        if places is not None:
+            pixels = pixels + places.astype(dtype)
+        if table is not None:
+            table = tuple(_before(part, words.shape[1], value) for part, value in zip(table, (1.0, 0.0), strict=True))
 
-        if c.use_rotary_positional_embeddings:
-            table = tuple(_before(part, lengths[0], value) for part, value in zip(table, (1.0, 0.0), strict=True))
-        else:
-            x = x + _before(table, lengths[0], 0.0).astype(dtype)
-            table = None
-
-        def apply(block, x):
-            return block(x, time, table, lengths=lengths, adaln_lora=adaln_lora)
-
-        x = scan_blocks(self.blocks, x, apply)
+        lengths = (words.shape[1], pixels.shape[1] - int(np.prod(grid)))
+        time = self._time(timesteps, dtype)
+        x = scan_blocks(self.blocks, jnp.concatenate([words, pixels], axis=1),
+                        lambda block, x: block(x, time, table, lengths=lengths, adaln_lora=adaln_lora))
         x = self.norm_final(x[:, sum(lengths):])
         x = self.proj_out(self.norm_out(x, time))
-        return rearrange(x, "b (t h w) (c p q) -> b t (h p) (w q) c", t=frames, h=height, w=width, p=p, q=p)
+        sizes = dict(zip("fpq", c.patch, strict=True)) | dict(zip("thw", grid, strict=True))
+        return rearrange(x, "b (t h w) (c f p q) -> b (t f) (h p) (w q) c", **sizes)
+
+    def _time(self, timesteps: Array, dtype) -> Float[Array, "b d"]:
+        c = self.config
+        kind = {"flip_sin_to_cos": c.flip_sin_to_cos, "freq_shift": c.freq_shift}
+        time = self.time_embedding(timestep_sinusoid(timesteps, c.width, **kind).astype(dtype))
+        if self.ofs_embedding is None:
+            return time
+        ofs = timestep_sinusoid(jnp.array([OFS]), c.ofs_embed_dim, **kind)
+        return time + self.ofs_embedding(ofs.astype(dtype))
 
 
 class PatchEmbed(nnx.Module):
-    """Patches of p × p latent pixels, and text embeddings, become tokens."""
+    """Patches of latent pixels, and text embeddings, become tokens; what is added to them to tell their place."""
 
     def __init__(self, config: TransformerConfig, *, dtype, rngs: nnx.Rngs):
-        self.patch_size = config.patch_size
-        patch = config.patch_size**2 * config.in_channels
-        self.proj = Linear(patch, config.width, bias=config.patch_bias, dtype=dtype, rngs=rngs)
-        self.text_proj = Linear(config.text_embed_dim, config.width, dtype=dtype, rngs=rngs)
+        c = self.config = config
+        bias = c.patch_bias or c.patch_size_t is not None  # diffusers heeds `patch_bias` in its 1.0 branch only
+        self.proj = Linear(int(np.prod(c.patch)) * c.in_channels, c.width, bias=bias, dtype=dtype, rngs=rngs)
+        self.text_proj = Linear(c.text_embed_dim, c.width, dtype=dtype, rngs=rngs)
+        self.pos_embedding = nnx.data(None)
+        if c.use_learned_positional_embeddings:
+            grid = (c.latent_frames, c.sample_height // c.patch_size, c.sample_width // c.patch_size)
+            start = jnp.pad(sincos(c, grid), ((c.max_text_seq_length, 0), (0, 0)))
+            self.pos_embedding = nnx.Param(start[None].astype(dtype))  # [1, words and pixels of a whole clip, d]
 
-    def pixels(self, latents: Float[Array, "b t h w c"]) -> Float[Array, "b n d"]:
+    def pixels(self, latents: Float[Array, "b t h w i"]) -> Float[Array, "b n d"]:
         """Tokens in (t, h, w) order."""
-        p = self.patch_size
-        return self.proj(rearrange(latents, "b t (h p) (w q) c -> b (t h w) (p q c)", p=p, q=p))
+        sizes = dict(zip("fpq", self.config.patch, strict=True))
+        return self.proj(rearrange(latents, "b (t f) (h p) (w q) c -> b (t h w) (f p q c)", **sizes))
 
     def text(self, embeddings: Float[Array, "b s e"]) -> Float[Array, "b s d"]:
         """Text tokens."""
         return self.text_proj(embeddings)
+
+    def places(self, grid: Grid, words: int, *, references: int) -> tuple[Array | None, Array | None]:
+        """Absolute positions to add to words [s, d] and to pixel tokens [n, d]; None where there is nothing to add.
+
+        Learned positions hold for the trained number of frames; for another one they are sin-cos ones, as in diffusers.
+        """
+        c = self.config
+        frames, height, width = grid
+        if self.pos_embedding is None:
+            return None, None if c.use_rotary_positional_embeddings else sincos(c, (references + frames, height, width))
+        if words != c.max_text_seq_length:
+            raise UserError(f"the text has {words} tokens; expected {c.max_text_seq_length} (max_text_seq_length), the "
+                            "only length that this model has learned positions for")
+        if (frames - 1) * c.temporal_compression_ratio + 1 == c.sample_frames:
+            told, clip = jnp.split(self.pos_embedding[0], [words])
+        else:
+            told, clip = None, sincos(c, grid)
+        return told, jnp.concatenate([clip[: height * width]] * references + [clip])
 
 
 class Block(nnx.Module):
@@ -212,25 +309,56 @@ class FeedForward(nnx.Module):
         return self.down(jax.nn.gelu(self.up(x), approximate=True))
 
 
+# MARK: inputs
+
+
+def _with_image(config: TransformerConfig, latents: Float[Array, "b t h w c"],
+                image: Float[Array, "b 1 h w c"] | None) -> Float[Array, "b t h w i"]:
+    """The latents and, on further channels of a model that takes one, the image in frame 0 and zeros behind it."""
+    if not config.takes_image:
+        if image is not None:
+            raise UserError(f"this model takes no image: in_channels = {config.in_channels}, out_channels = "
+                            f"{config.out_channels}; use an image-to-video model such as CogVideoX-5b-I2V")
+        return latents
+    given = jnp.zeros_like(latents)
+    return jnp.concatenate([latents, given if image is None else given.at[:, :1].set(image.astype(given.dtype))], -1)
+
+
+def _pictures(config: TransformerConfig, reference: Float[Array, "b k h w c"]) -> Float[Array, "b f h w i"]:
+    """Reference latents as frames of the model's input: each fills one patch in time, its image channels are empty."""
+    empty = [(0, 0)] * 4 + [(0, config.in_channels - reference.shape[-1])]
+    return jnp.repeat(jnp.pad(reference, empty), config.patch[0], axis=1)
+
+
 # MARK: positions
 
 
-def positions(config: TransformerConfig, frames: int, height: int, width: int):
-    """Positions of frames × height × width tokens: a rotary table (cos, sin), or absolute embeddings [n, d].
+def rotary(config: TransformerConfig, grid: Grid, *, references: int = 0) -> rope.Table | None:
+    """The table (cos, sin) of the reference tokens and then of the clip's t × h × w ones; None for a sin-cos model.
 
-    Rotary: a grid of another size than the trained one is stretched over the trained extent, centred and keeping its
-    aspect ratio, as diffusers' CogVideoX pipeline does. Sin-cos: positions are divided by the interpolation scales.
+    1.0: a grid of another size than the trained one is stretched over the trained extent, centred and keeping its
+    aspect ratio. 1.5: rows and columns are counted from 0, however many there are; diffusers takes the first ones of a
+    table of the trained size ("slice"), which is the same where it suffices.
     """
-    if config.use_rotary_positional_embeddings:
-        trained = (config.sample_height // config.patch_size, config.sample_width // config.patch_size)
-        (top, left), (bottom, right) = _crop_region((height, width), trained)
-        grid_h = _linspace(top, bottom, height)
-        grid_w = _linspace(left, right, width)
-        return rope.table_3d(np.arange(frames, dtype=np.float32), grid_h, grid_w, config.attention_head_dim)
-    scale = np.float32(config.spatial_interpolation_scale)
-    t = np.arange(frames, dtype=np.float32) / np.float32(config.temporal_interpolation_scale)
-    h, w = (np.arange(size, dtype=np.float32) / scale for size in (height, width))
-    return sincos_3d(t, h, w, config.width)
+    c = config
+    if not c.use_rotary_positional_embeddings:
+        return None
+    frames, height, width = grid
+    if c.patch_size_t is None:
+        (top, left), (bottom, right) = _crop_region(
+            (height, width), (c.sample_height // c.patch_size, c.sample_width // c.patch_size)
+        )
+        rows, columns = _linspace(top, bottom, height), _linspace(left, right, width)
+    else:
+        rows, columns = np.arange(height), np.arange(width)
+    return rope.table_3d(np.arange(references + frames), rows, columns, c.attention_head_dim)
+
+
+def sincos(config: TransformerConfig, grid: Grid) -> Float[Array, "n d"]:
+    """Sin-cos embeddings of t × h × w tokens; positions are divided by the interpolation scales."""
+    scales = (config.temporal_interpolation_scale, *[config.spatial_interpolation_scale] * 2)
+    axes = (np.arange(size, dtype=np.float32) / np.float32(by) for size, by in zip(grid, scales, strict=True))
+    return sincos_3d(*axes, config.width)
 
 
 def _linspace(start: int, stop: int, count: int) -> np.ndarray:
@@ -249,8 +377,7 @@ def _crop_region(grid: tuple[int, int], trained: tuple[int, int]) -> tuple[tuple
 
 
 def _before(x: Float[Array, "*b n k"], count: int, value: float) -> Array:
-    """Puts `count` rows of `value` before the tokens: text has no position."""
+    """Puts `count` rows of `value` before the tokens: text has no rotation."""
     pad = [(0, 0)] * x.ndim
     pad[-2] = (count, 0)
     return jnp.pad(x, pad, constant_values=value)
-
