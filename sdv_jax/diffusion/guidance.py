@@ -3,6 +3,8 @@
     predict(latents [b, ...], timesteps [b], conditions) -> prediction [b, ...]     conditions: pytree, leading axis b
     denoise(latents [b, ...], timesteps [b], scale)      -> prediction [b, ...]     float32
 
+Timesteps are those of the solver: int32, or float32 with FlowMatchEuler.
+
 diffusers guides when the scale is above 1 (`uses_guidance`); at or below it the network runs once, on the conditions.
 """
 
@@ -65,6 +67,20 @@ def dynamic_scale(scale: float, timesteps: np.ndarray) -> Float[np.ndarray, " st
     steps = len(timesteps)
     angles = [math.pi * ((steps - int(t)) / steps) ** 5.0 for t in timesteps]
     return np.asarray([1 + scale * ((1 - math.cos(angle)) / 2) for angle in angles], np.float32)
+
+
+def two_expert_scales(
+    high: float, low: float, timesteps: np.ndarray, boundary: float
+) -> tuple[Float[np.ndarray, " steps"], int]:
+    """The scale of each step for a model of two experts, and the index of the low-noise expert's first step.
+
+    The high-noise expert, with its scale `high`, has the steps with timestep >= boundary; the other has the rest.
+
+    Args: `timesteps` [steps] of a solver, noisiest first; `boundary` in the same unit (diffusers: boundary_ratio x
+    num_train_timesteps). The index is 0 or len(timesteps) where one expert has every step.
+    """
+    noisy = np.asarray(timesteps) >= boundary
+    return np.where(noisy, high, low).astype(np.float32), int(noisy.sum())
 
 
 def per_step(guidance: float | np.ndarray | Array, steps: int) -> Float[Array, " steps"]:

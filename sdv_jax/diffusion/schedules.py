@@ -184,6 +184,19 @@ class Schedule:
         """v_t, the target of v-prediction (diffusers `get_velocity`)."""
         return _mix(-((1 - self.alphas_cumprod) ** 0.5), self.alphas_cumprod**0.5, x0, noise, timesteps)
 
+    def target(
+        self, x0: Float[Array, "b ..."], noise: Float[Array, "b ..."], timesteps: Int[Array, " b"]
+    ) -> Float[Array, "b ..."]:
+        """What the network is to predict, as every schedule calls it: here v_t.
+
+        Raises UserError under another prediction type: only v is trained.
+        """
+        if self.config.prediction_type != "v_prediction":
+            raise UserError(
+                f"scheduler: prediction_type {self.config.prediction_type} cannot be trained, expected v_prediction"
+            )
+        return self.velocity(x0, noise, timesteps)
+
     def predict_x0(
         self, prediction: Float[Array, "b ..."], x_t: Float[Array, "b ..."], timesteps: Int[Array, " b"]
     ) -> Float[Array, "b ..."]:

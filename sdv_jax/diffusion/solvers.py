@@ -51,7 +51,7 @@ class DDIM:
         """Float32 [steps] each: x_0 = x0_latents x + x0_prediction p;  next = keep x + denoised x_0."""
         levels = _levels(self.config, self.timesteps)
         keep = ((1 - levels.there) / (1 - levels.here)) ** 0.5
-        return _float32(
+        return float32_tables(
             **_denoised(self.config, levels.here),
             keep=keep,
             denoised=levels.there**0.5 - levels.here**0.5 * keep,
@@ -70,7 +70,7 @@ class DDIM:
         noise: Float[Array, "b ..."] | None = None,
     ) -> tuple[tuple[()], Float[Array, "b ..."]]:
         """One step from timesteps[index]; `noise` is not used. Returns (state, latents) with the latents' dtype."""
-        c = _at(self.coefficients, index)
+        c = at(self.coefficients, index)
         x = latents.astype(jnp.float32)
         x0 = c["x0_latents"] * x + c["x0_prediction"] * prediction.astype(jnp.float32)
         return state, (c["keep"] * x + c["denoised"] * x0).astype(latents.dtype)
@@ -115,7 +115,7 @@ class DPM:
             last_h = half_log_snr[0] - np.roll(half_log_snr[0], 1)
             before = np.where(self.second_order, 1 / (2 * (last_h / h)), 0)
             keep = ((1 - levels.there) / (1 - levels.here)) ** 0.5 * np.exp(-h)
-        return _float32(
+        return float32_tables(
             **_denoised(self.config, levels.here),
             keep=keep,
             denoised=-np.expm1(-2 * h) * levels.there**0.5,
@@ -137,21 +137,12 @@ class DPM:
         noise: Float[Array, "b ..."],
     ) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
         """One step from timesteps[index] with standard normal `noise`. Returns (x_0 estimate, latents)."""
-        c = _at(self.coefficients, index)
+        c = at(self.coefficients, index)
         x = latents.astype(jnp.float32)
         x0 = c["x0_latents"] * x + c["x0_prediction"] * prediction.astype(jnp.float32)
         target = c["now"] * x0 - c["before"] * state
         x = c["keep"] * x + c["denoised"] * target + c["noise"] * noise.astype(jnp.float32)
         return x0, x.astype(latents.dtype)
-
-
-Solver = DDIM | DPM
-SOLVERS = {"CogVideoXDDIMScheduler": DDIM, "CogVideoXDPMScheduler": DPM}
-
-
-def make_solver(config: SchedulerConfig, steps: int) -> Solver:
-    """The solver of the config's class with `steps` steps. Raises UserError when the two do not fit together."""
-    return SOLVERS[config.class_name](config, steps)
 
 
 def _levels(config: SchedulerConfig, timesteps: np.ndarray) -> Levels:
@@ -171,13 +162,15 @@ def _denoised(config: SchedulerConfig, kept: np.ndarray) -> dict[str, np.ndarray
     return {"x0_latents": on_latents, "x0_prediction": on_prediction}
 
 
-def _float32(**tables: np.ndarray) -> dict[str, np.ndarray]:
+def float32_tables(**tables: np.ndarray) -> dict[str, np.ndarray]:
+    """Coefficients as the device gets them. Raises UserError where one is not finite."""
     for name, table in tables.items():
         if not np.isfinite(table).all():
-            step = int(np.argmin(np.isfinite(table)))
+            step = int(np.argwhere(~np.isfinite(table))[0, 0])
             raise UserError(f"scheduler: coefficient {name!r} is not finite at step {step}; check the betas")
     return {name: table.astype(np.float32) for name, table in tables.items()}
 
 
-def _at(tables: dict[str, np.ndarray], index: int | Array) -> dict[str, Array]:
+def at(tables: dict[str, np.ndarray], index: int | Array) -> dict[str, Array]:
+    """The row of one step, whose index may be traced."""
     return {name: jnp.asarray(table)[index] for name, table in tables.items()}

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdv_jax.diffusion import DPM, Schedule, SchedulerConfig, make_solver
+from sdv_jax.diffusion import DPM, Schedule, SchedulerConfig, flow, make_solver
+from sdv_jax.diffusion.classes import SOLVERS
 from sdv_jax.diffusion.schedules import CLASS_NAMES
-from sdv_jax.diffusion.solvers import SOLVERS
 from sdv_jax.errors import UserError
 
 CONFIG = SchedulerConfig(
@@ -35,7 +35,7 @@ def _run(solver, x, velocity, noise):
 
 
 def test_every_known_class_has_a_solver():
-    assert set(SOLVERS) == set(CLASS_NAMES)
+    assert list(SOLVERS) == [*CLASS_NAMES, *flow.CLASS_NAMES]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 10, 50])
