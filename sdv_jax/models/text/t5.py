@@ -18,7 +18,7 @@ There is no bias anywhere, the scores are not scaled, and there is no dropout: t
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import no_type_check
+from typing import ClassVar, Self, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,14 @@ class T5Config:
     Raises `UserError` for values that no T5 v1.1 can have.
     """
 
+    model_type: ClassVar[str] = "t5"
+    # What transformers itself assumes when an older config.json leaves a key out.
+    assumed: ClassVar[Mapping[str, object]] = {
+        "relative_attention_max_distance": 128,
+        "feed_forward_proj": "relu",
+        "layer_norm_epsilon": 1e-6,
+    }
+
     vocab_size: int = 32128
     d_model: int = 4096
     d_kv: int = 64
@@ -54,34 +62,37 @@ class T5Config:
     feed_forward_proj: str = "gated-gelu"
 
     def __post_init__(self):
-        check_numbers("T5 config", self, most={"num_layers": MOST_LAYERS})
+        label = f"{self.model_type.upper()} config"
+        check_numbers(label, self, most={"num_layers": MOST_LAYERS})
         if self.feed_forward_proj != "gated-gelu":
             raise UserError(
-                f"T5 config: feed_forward_proj is {self.feed_forward_proj!r}, expected 'gated-gelu' (T5 v1.1); "
-                "use a T5 v1.1 text encoder"
+                f"{label}: feed_forward_proj is {self.feed_forward_proj!r}, expected 'gated-gelu' (T5 v1.1 and UMT5); "
+                "use such a text encoder"
             )
         half = self.relative_attention_num_buckets // 2
         if half < 2 or self.relative_attention_max_distance <= half // 2:
             raise UserError(
-                f"T5 config: relative_attention_num_buckets {self.relative_attention_num_buckets} and "
+                f"{label}: relative_attention_num_buckets {self.relative_attention_num_buckets} and "
                 f"relative_attention_max_distance {self.relative_attention_max_distance} make no position table; "
                 "expected at least 4 buckets and a distance above a quarter of them"
             )
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, object]) -> "T5Config":
+    def from_json(cls, raw: Mapping[str, object]) -> Self:
         """Reads transformers' `config.json`, whose other keys concern the decoder, training and the library.
 
-        Raises `UserError` for a file that is not a T5 config, or lacks one of the sizes.
+        Raises `UserError` for a file of another `model_type`, or one that lacks a size.
         """
-        if raw.get("model_type") != "t5":
-            raise UserError(f"text encoder config: model_type is {raw.get('model_type')!r}, expected 't5'")
-        # What transformers itself assumes when an older config.json leaves a key out.
-        assumed = {"relative_attention_max_distance": 128, "feed_forward_proj": "relu", "layer_norm_epsilon": 1e-6}
-        known = assumed | dict(raw)
+        if raw.get("model_type") != cls.model_type:
+            raise UserError(
+                f"text encoder config: model_type is {raw.get('model_type')!r}, expected {cls.model_type!r}"
+            )
+        known = dict(cls.assumed) | dict(raw)
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if name not in known]:
-            raise UserError(f"text encoder config: missing {', '.join(missing)}; expected a T5 config.json")
+            raise UserError(
+                f"text encoder config: missing {', '.join(missing)}; expected a {cls.model_type.upper()} config.json"
+            )
         return cls(**{name: known[name] for name in names})
 
 
@@ -141,9 +152,7 @@ class T5Encoder(nnx.Module):
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
         self.shared = Embedding(config.vocab_size, config.d_model, std=1.0, dtype=dtype, rngs=rngs)
-        self.relative_attention_bias = Embedding(
-            config.relative_attention_num_buckets, config.num_heads, std=config.d_model**-0.5, dtype=dtype, rngs=rngs
-        )
+        self.relative_attention_bias = position_table(config, dtype=dtype, rngs=rngs)
         self.blocks = stack(lambda rngs: Block(config, dtype=dtype, rngs=rngs), config.num_layers, rngs=rngs)
         self.final_norm = RMSNorm(config.d_model, eps=config.layer_norm_epsilon, dtype=dtype)
 
@@ -151,21 +160,37 @@ class T5Encoder(nnx.Module):
         self, ids: Int[Array, "b s"], mask: Int[Array, "b s"] | Bool[Array, "b s"] | None = None
     ) -> Float[Array, "b s d"]:
         """Encodes; a token whose `mask` is zero is seen by none. CogVideoX gives no mask: it attends to its padding."""
-        bias = self._position_bias(ids.shape[1])
-        if mask is not None:
-            # The most negative finite number: a row with everything masked stays finite, as upstream.
-            bias = bias + jnp.where(mask[:, None, None, :] != 0, 0.0, jnp.finfo(jnp.float32).min)
+        bias = position_bias(self.relative_attention_bias, position_buckets(self.config, ids.shape[1]), mask)
         x = scan_blocks(self.blocks, self.shared(ids), lambda block, x: block(x, bias=bias))
         return self.final_norm(x)
 
-    def _position_bias(self, length: int) -> Float[Array, "1 heads s s"]:
-        places = np.arange(length)
-        buckets = relative_buckets(
-            places[None, :] - places[:, None],
-            buckets=self.config.relative_attention_num_buckets,
-            max_distance=self.config.relative_attention_max_distance,
-        )
-        return self.relative_attention_bias(jnp.asarray(buckets)).astype(jnp.float32).transpose(2, 0, 1)[None]
+
+def position_table(config: T5Config, *, dtype, rngs: nnx.Rngs) -> Embedding:
+    """What each head adds to a score, by the bucket of the distance: [buckets, heads]."""
+    return Embedding(
+        config.relative_attention_num_buckets, config.num_heads, std=config.d_model**-0.5, dtype=dtype, rngs=rngs
+    )
+
+
+def position_buckets(config: T5Config, length: int) -> Int[np.ndarray, "s s"]:
+    """The row of the position table for each pair (query, key) of a text of `length` tokens."""
+    places = np.arange(length)
+    return relative_buckets(
+        places[None, :] - places[:, None],
+        buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+    )
+
+
+def position_bias(
+    table: Embedding, buckets: Int[np.ndarray, "s s"], mask: Int[Array, "b s"] | Bool[Array, "b s"] | None
+) -> Float[Array, "#b heads s s"]:
+    """What is added to the scores, in float32: the table's entries, and at masked keys the most negative number.
+
+    That number is finite, so that a row with everything masked stays finite, as upstream.
+    """
+    bias = table(jnp.asarray(buckets)).astype(jnp.float32).transpose(2, 0, 1)[None]
+    return bias if mask is None else bias + jnp.where(mask[:, None, None, :] != 0, 0.0, jnp.finfo(jnp.float32).min)
 
 
 def relative_buckets(distance: np.ndarray, *, buckets: int, max_distance: int) -> np.ndarray:
