@@ -87,6 +87,25 @@ class PointConv(nnx.Module):
         return x @ self.kernel[0, 0, 0].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
 
+class TimeConv(nnx.Module):
+    """A convolution over three frames, pixel by pixel and without padding: one matrix product on gathered taps.
+
+    Source: `torch.nn.Conv3d` of kernel (3, 1, 1). Parameters: `kernel` [3, 1, 1, in, out], `bias` [out].
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, *, stride: int, dtype=jnp.float32, rngs: nnx.Rngs):
+        self.stride = stride
+        self.kernel = nnx.Param(_INIT(rngs.params(), (3, 1, 1, fan_in, fan_out), dtype))
+        self.bias = nnx.Param(jnp.zeros((fan_out,), dtype))
+
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b s h w d"]:
+        """Returns one frame for every `stride`-th of the windows of three; of fewer than three frames, none."""
+        kernel = self.kernel[...].astype(x.dtype).reshape(-1, self.kernel.shape[-1])
+        windows = max(x.shape[1] - 2, 0)
+        taps = jnp.concatenate([x[:, k : windows + k : self.stride] for k in range(3)], axis=-1)
+        return taps @ kernel + self.bias[...].astype(x.dtype)
+
+
 def _frame_groups(shape: tuple[int, ...], taps: int) -> list[tuple[int, int]]:
     """(start, stop) of nearly equal groups of frames whose inputs stay within MAX_CONV_ELEMENTS."""
     frames = shape[1]

@@ -1,0 +1,228 @@
+"""The causal 3-D VAEs of Wan 2.1 and 2.2 (arXiv:2503.20314, section 4.1), channels-last.
+
+A latent frame depends on the frames before it and never on those after its own, through nothing but convolutions over
+time: how a video is cut into pieces changes no number. Short clips are one piece; longer ones go piece by piece, each
+with what the convolutions keep of the one before. Source: diffusers' `AutoencoderKLWan`.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sdv_jax.errors import UserError
+from sdv_jax.models.config_check import check_numbers, check_whole, refuse
+from sdv_jax.models.wan.vae_blocks import Decoder, Encoder
+from sdv_jax.nn.causal_conv3d import PointConv
+from sdv_jax.typing import Array, Float
+
+__all__ = ["VAE", "VAEConfig"]
+
+# Pixels of the video that are encoded or decoded at once, at least one latent frame of it: the largest arrays hold
+# about 100 times as many numbers (96 channels in 2.1). 10 frames of 832x480, or any clip of the small world.
+PIECE_PIXELS = 2**22
+
+_ENCODED_AT_ONCE = 4  # frames that upstream encodes together; those left over at the end are not encoded
+_LOGVAR_RANGE = (-30.0, 20.0)
+_MOST_LAYERS, _MOST_BLOCKS = 16, 8  # published: 2 and 4. None is scanned: building takes longer with each
+_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+
+@no_type_check  # its own checks give the one line that a wrong value is due
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """The keys of a Wan `vae/config.json`, with diffusers' defaults, which are Wan 2.1's.
+
+    latents_mean and latents_std are for whoever calls the VAE. dropout is a matter of upstream's training, clip_output
+    is published with Wan 2.2 and has no effect upstream either: decoded pixels are always clipped.
+
+    Raises:
+      UserError: for a combination of values that no model can have.
+    """
+
+    base_dim: int = 96
+    decoder_base_dim: int | None = None
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attn_scales: tuple[float, ...] = ()
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    dropout: float = 0.0
+    latents_mean: tuple[float, ...] = _MEAN
+    latents_std: tuple[float, ...] = _STD
+    is_residual: bool = False
+    in_channels: int = 3
+    out_channels: int = 3
+    patch_size: int | None = None
+    scale_factor_temporal: int | None = 4
+    scale_factor_spatial: int | None = 8
+    clip_output: bool = False
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # as JSON gives them; tuples keep the config hashable
+                object.__setattr__(self, field.name, tuple(value))
+        check_numbers("vae config", self, may_be_zero=("dropout",), most={"num_res_blocks": _MOST_LAYERS})
+        for name in ("decoder_base_dim", "patch_size"):
+            if getattr(self, name) is not None:
+                check_whole("vae config", name, getattr(self, name))
+        if self.attn_scales != ():  # upstream's encoder cannot call the attention that it would build
+            refuse("vae config", "attn_scales", self.attn_scales, "an empty list")
+        self._check_blocks()
+        self._check_latents()
+        patch = self.pixels_per_patch
+        for name in ("in_channels", "out_channels"):
+            if getattr(self, name) % patch:
+                expected = f"a multiple of {patch}, the pixels of a patch"
+                refuse("vae config", name, getattr(self, name), expected)
+        compression = {
+            "scale_factor_temporal": self.temporal_compression,
+            "scale_factor_spatial": self.spatial_compression,
+        }
+        for name, made in compression.items():
+            if getattr(self, name) not in (None, made):
+                refuse("vae config", name, getattr(self, name), f"{made}, which is what the blocks make")
+
+    def _check_blocks(self):
+        factors, times = self.dim_mult, self.temperal_downsample
+        if not isinstance(factors, tuple) or not 1 <= len(factors) <= _MOST_BLOCKS:
+            refuse("vae config", "dim_mult", factors, f"a list of 1 to {_MOST_BLOCKS} whole numbers")
+        for level, factor in enumerate(factors):
+            check_whole("vae config", f"dim_mult[{level}]", factor)
+        if not isinstance(times, tuple) or [type(time) for time in times] != [bool] * (len(factors) - 1):
+            expected = f"a list of {len(factors) - 1} times true or false, one less than dim_mult has"
+            refuse("vae config", "temperal_downsample", times, expected)
+        if sum(times) > 2:
+            refuse("vae config", "temperal_downsample", times, "at most two times true: 4 frames are encoded at a time")
+        base = self.decoder_base_dim or self.base_dim
+        if not self.is_residual:
+            if min(factors[1:], default=2) * base < 2:
+                raise UserError("vae config: base_dim = 1; expected at least 2, since the decoder halves it")
+            return
+        # The shortcuts of 2.2 average neighbouring values and repeat them: whole groups of them.
+        pairs = itertools.zip_longest(itertools.pairwise((1, *factors)), times)
+        for level, ((fan_in, fan_out), time) in enumerate(pairs):
+            values = fan_in * (1 if time is None else 8 if time else 4)
+            if values % fan_out:
+                raise UserError(
+                    f"vae config: dim_mult = {factors}; level {level} cannot average {values} values to {fan_out}"
+                )
+        pairs = zip(itertools.pairwise((factors[-1], *reversed(factors))), reversed(times))
+        for (fan_in, fan_out), time in pairs:
+            values = fan_out * (8 if time else 4)
+            if values % fan_in:
+                raise UserError(
+                    f"vae config: dim_mult = {factors}; the decoder cannot repeat {fan_in} values to {values}"
+                )
+
+    def _check_latents(self):
+        for name, least in (("latents_mean", -math.inf), ("latents_std", 0)):
+            values = getattr(self, name)
+            numbers = isinstance(values, tuple) and all(type(value) in (int, float) for value in values)
+            if not numbers or len(values) != self.z_dim or not all(least < value < math.inf for value in values):
+                kind = "numbers" if name == "latents_mean" else "numbers > 0"
+                refuse(
+                    "vae config", name, values, f"a list of {self.z_dim} finite {kind}, one for each of z_dim channels"
+                )
+
+    @property
+    def latent_channels(self) -> int:
+        """z_dim, by the name that all families share."""
+        return self.z_dim
+
+    @property
+    def pixels_per_patch(self) -> int:
+        """Pixels whose colours are together the channels that the encoder sees."""
+        return (self.patch_size or 1) ** 2
+
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent along height and width."""
+        return 2 ** len(self.temperal_downsample) * (self.patch_size or 1)
+
+    @property
+    def temporal_compression(self) -> int:
+        """Frames per latent frame, but for the first one, which stands for one."""
+        return 2 ** sum(self.temperal_downsample)
+
+
+class VAE(nnx.Module):
+    """Encoder and decoder between pixels in [-1, 1] and latents that are not normalised.
+
+    Computes in the dtype of its input. With a temporal compression of 4, 4k+1 frames become k+1 latent frames and back.
+    """
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        kwargs = {"dtype": dtype, "rngs": rngs}
+        self.encoder = Encoder(config, **kwargs)
+        self.quant_conv = PointConv(2 * config.z_dim, 2 * config.z_dim, **kwargs)
+        self.post_quant_conv = PointConv(config.z_dim, config.z_dim, **kwargs)
+        self.decoder = Decoder(config, **kwargs)
+
+    def encode(self, video: Float[Array, "b t h w c"]) -> tuple[Float[Array, "b s i j e"], Float[Array, "b s i j e"]]:
+        """Mean and log variance of the latents of a video in [-1, 1]."""
+        x = patchify(video, self.config.patch_size or 1)
+        mean, logvar = jnp.split(self._encode(x), 2, axis=-1)
+        return mean, jnp.clip(logvar, *_LOGVAR_RANGE)
+
+    def decode(self, latents: Float[Array, "b s i j e"], *, clip: bool = True) -> Float[Array, "b t h w c"]:
+        """The video of latents, clipped to [-1, 1]."""
+        video = unpatchify(self._decode(latents), self.config.patch_size or 1)
+        return jnp.clip(video, -1, 1) if clip else video
+
+    def _encode(self, x: Array) -> Array:
+        frames = 1 + (x.shape[1] - 1) // _ENCODED_AT_ONCE * _ENCODED_AT_ONCE
+        pixels = self.config.pixels_per_patch * math.prod(x.shape[2:4])
+        y = _over_time(self.encoder, x[:, :frames], chunk=_ENCODED_AT_ONCE, pixels=pixels)
+        return self.quant_conv(y)
+
+    def _decode(self, latents: Array) -> Array:
+        pixels = math.prod(latents.shape[2:4]) * self.config.spatial_compression**2 * self.config.temporal_compression
+        return _over_time(self.decoder, self.post_quant_conv(latents), chunk=1, pixels=pixels)
+
+
+def patchify(video: Float[Array, "b t h w c"], size: int) -> Float[Array, "b t i j d"]:
+    """The colours of size x size pixels as channels in the order (colour, column, row)."""
+    b, t, h, w, c = video.shape
+    x = video.reshape(b, t, h // size, size, w // size, size, c).transpose(0, 1, 2, 4, 6, 5, 3)
+    return x.reshape(*x.shape[:4], -1)
+
+
+def unpatchify(x: Float[Array, "b t i j d"], size: int) -> Float[Array, "b t h w c"]:
+    """The inverse of `patchify`."""
+    b, t, h, w, _ = x.shape
+    x = x.reshape(b, t, h, w, -1, size, size).transpose(0, 1, 2, 6, 3, 5, 4)
+    return x.reshape(b, t, h * size, w * size, -1)
+
+
+def _over_time(step: Callable, x: Array, *, chunk: int, pixels: int) -> Array:
+    """Runs `step(frames, cache) -> (output, cache)` over pieces of 1 + n * chunk frames of x.
+
+    Pieces have so many chunks that their `pixels` each stay within PIECE_PIXELS. All but the first one are equal and
+    one scan, so that a program does not grow with the length of the video.
+    """
+    chunks = (x.shape[1] - 1) // chunk
+    size = max(PIECE_PIXELS // (x.shape[0] * pixels), 1)
+    later = max(chunks - 1, 0) // size
+    start = x.shape[1] - later * size * chunk
+    y, cache = step(x[:, :start], None)
+    if later == 0:
+        return y
+    rest = jnp.moveaxis(x[:, start:].reshape(x.shape[0], later, -1, *x.shape[2:]), 1, 0)
+    _, ys = jax.lax.scan(lambda cache, frames: step(frames, cache)[::-1], cache, rest)
+    ys = jnp.moveaxis(ys, 0, 1)
+    return jnp.concatenate([y, ys.reshape(y.shape[0], -1, *y.shape[2:])], axis=1)
