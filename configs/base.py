@@ -13,9 +13,12 @@ def get_config() -> ConfigDict:
     config.model = model = ConfigDict()
     model.path = ""  # folder of the base model (converted or diffusers); empty = random weights of the sizes below
     model.dtype = "float32"  # dtype of the frozen base weights: float32 | bfloat16
+    model.family = "cogvideox"  # without model.path: cogvideox | wan
     model.transformer = ConfigDict(convert_dict=False)  # without model.path: the keys of transformer/config.json
     model.text_encoder = ConfigDict(convert_dict=False)  # without model.path: the keys of text_encoder/config.json
+    model.vae = ConfigDict(convert_dict=False)  # without model.path: the keys of vae/config.json that are not defaults
     model.scheduler = ConfigDict(convert_dict=False)  # without model.path: the keys of scheduler_config.json
+    model.defaults = ConfigDict(convert_dict=False)  # without model.path: the keys of defaults.json
 
     config.data = data = ConfigDict()
     data.identity = ""  # prepared subject-image pairs (a folder), or "small_world"
@@ -40,7 +43,7 @@ def get_config() -> ConfigDict:
     train.sample_every = 0  # steps between sample sheets; 0 = none
 
     config.sample = sample = ConfigDict()
-    sample.guidance = 6.0  # strength of the prompt on sample sheets (CogVideoX's default)
+    sample.guidance = 0.0  # strength of the prompt on sample sheets; 0 = the model's own default
 
     config.switch = switch = ConfigDict()
     switch.motion_probability = 0.2  # probability that a step trains motion instead of identity (paper A: p)
@@ -63,18 +66,22 @@ def get_config() -> ConfigDict:
     text.train_encoder = False  # train the text encoder with the transformer (mode full, data with token ids)
 
     config.noise = noise = ConfigDict()
-    noise.timesteps = "uniform"  # law of the training timestep: uniform (CogVideoX) | logit_normal
+    noise.timesteps = "uniform"  # law of the training timestep: uniform (CogVideoX; Wan, before its shift) | logit_normal
     noise.logit_mean = 0.0  # mean of the logit of t / T under logit_normal
     noise.logit_std = 1.0  # standard deviation of the logit of t / T under logit_normal
+    noise.shift = 0.0  # flow models: shift of drawn timesteps towards noise; 0 = the scheduler's own (our choice)
 
     config.lora = lora = ConfigDict()
     lora.rank = 128  # paper A
     lora.alpha = 64.0  # paper A; the update is scaled by alpha / rank
     lora.dropout = 0.2  # paper A: on the input of the adapter, in training only
-    lora.targets = (  # paper A: PEFT suffixes; "proj" also matches patch_embed.proj and ff.net.0.proj
-        "to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2",
-    )  # fmt: skip
+    lora.targets = ()  # PEFT suffixes; empty = the family's LORA_TARGETS (CogVideoX: paper A's list)
     lora.adaln = "all"  # streams that the adaLN adapter acts on: all (the released runs) | reference (as they meant)
+
+    config.reference = reference = ConfigDict()  # where reference tokens stand (paper A: only that Wan needs another way)
+    reference.placement = ""  # before (the clip, as one more frame) | after; empty = CogVideoX before, Wan after
+    reference.offset = 1  # after: time slots from the clip's last frame to the first reference (our choice)
+    reference.shift = 1.0  # after: grid widths that references stand aside (our choice)
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adamw"  # adamw (paper A) | muon (block matrices by Muon, the rest by Adam)

@@ -1,16 +1,9 @@
-"""Reference images on their way into the model: latents, and the tokens of them that a training step keeps."""
+"""Which tokens of a reference image a training step keeps."""
 
 import jax
 import jax.numpy as jnp
 
-from sdv_jax.typing import Array, Float, Int, Key
-
-
-def sample_latents(mean: Float[Array, "*b c"], logvar: Float[Array, "*b c"], scaling_factor: float,
-                   key: Key[Array, ""]) -> Float[Array, "*b c"]:
-    """A draw from the VAE's posterior, in the transformer's scale."""
-    noise = jax.random.normal(key, mean.shape, jnp.float32)
-    return (mean + jnp.exp(0.5 * logvar) * noise) * scaling_factor
+from sdv_jax.typing import Array, Int, Key
 
 
 def kept_count(tokens: int, drop: float) -> int:

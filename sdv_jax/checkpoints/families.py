@@ -9,7 +9,7 @@ from sdv_jax.checkpoints.rules.table import Rules
 
 PACKAGES = [
     "sdv_jax.models.cogvideox",
-    # "sdv_jax.models.wan",
+    "sdv_jax.models.wan",
 ]
 
 

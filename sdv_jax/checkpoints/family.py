@@ -19,14 +19,40 @@ from sdv_jax.sharding import Table
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """One weight-holding part of a pipeline. `stem` is how its weight files are called on export."""
+    """One weight-holding part of a pipeline.
+
+    `stem` is how its weight files are called on export, `config` the dataclass of its config.json (one with `from_json`
+    reads the file's content itself), `module(config, dtype=, rngs=)` builds it, `rules(config)` converts it.
+    """
 
     torch_class: str
     stem: str
-    parse: Callable[[Mapping, Path], object]
+    config: type
     module: Callable[..., nnx.Module]
     rules: Callable[[object], Rules]
     optional: bool = False
+
+    def parse(self, raw: Mapping, where: Path) -> object:
+        """The config that config.json at `where` holds; UserError for an unknown key or a bad value."""
+        if hasattr(self.config, "from_json"):
+            return _located(lambda: self.config.from_json(raw), where)
+        values = {key: value for key, value in raw.items() if not key.startswith("_")}
+        if unknown := sorted(values.keys() - self._keys):
+            known = ", ".join(sorted(self._keys))
+            raise UserError(f"{where}: unknown config key {', '.join(unknown)}; {raw.get('_class_name')} has {known}")
+        return _located(lambda: self.config(**_hashable(values)), where)
+
+    def make(self, table: Mapping, where: str) -> object:
+        """The config of a new model: `table` holds the keys of its config.json that differ from the defaults."""
+        values = {key: value for key, value in table.items() if not key.startswith("_")}
+        if unknown := sorted(values.keys() - self._keys):
+            known = ", ".join(sorted(self._keys))
+            raise UserError(f"config key {where + '.' + unknown[0]!r} does not exist: known are {known}")
+        return self.config(**_hashable(values))
+
+    @property
+    def _keys(self) -> set[str]:
+        return {field.name for field in dataclasses.fields(self.config)}
 
     def abstract(self, config, *, dtype) -> nnx.Module:
         """The module with shapes for weights."""
@@ -100,25 +126,12 @@ class Family:
         return self.sharding if name in self.denoisers else (*self.sharding, (r"", jax.P()))
 
 
-def fields(cls) -> Callable[[Mapping, Path], object]:
-    """Reads a diffusers config.json: its keys are the fields of `cls`; those that start with "_" are only notes."""
-
-    def parse(raw: Mapping, where: Path):
-        values = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in raw.items()
-            if not key.startswith("_")
-        }
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(values.keys() - known):
-            known = ", ".join(sorted(known))
-            raise UserError(f"{where}: unknown config key {', '.join(unknown)}; {raw.get('_class_name')} has {known}")
-        return located(lambda: cls(**values), where)
-
-    return parse
+def _hashable(values: Mapping) -> dict:
+    """Lists as tuples: configs are arguments of compiled functions."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def located(make: Callable, where: Path):
+def _located(make: Callable, where: Path):
     """`make()`, with the place in front of what it complains about."""
     try:
         return make()

@@ -31,7 +31,7 @@ from sdv_jax.checkpoints.families import families
 from sdv_jax.checkpoints.family import Family
 from sdv_jax.checkpoints.safetensors_io import DTYPES, listing
 from sdv_jax.errors import UserError
-from sdv_jax.models.contract import check_defaults
+from sdv_jax.models.contract import Traits, check_defaults
 from sdv_jax.sharding import dotted, shardings
 
 MODEL_FILE = "model.json"
@@ -124,6 +124,24 @@ def family_of(config: dict, where: Path) -> Family:
         if family.name == config["family"]:
             return family
     raise UserError(f"{where}: unknown family {config['family']!r}; known: {', '.join(f.name for f in families())}")
+
+
+@dataclass(frozen=True)
+class About:
+    """A model's json files, understood: model.json, family, component configs, traits."""
+
+    raw: dict
+    family: Family
+    configs: dict[str, object]
+    traits: Traits
+
+
+def about(path: str | os.PathLike) -> About:
+    """What the json files in `path` (a converted or a diffusers folder) say. Raises UserError as `read_config` does."""
+    raw, folder = read_config(path), Path(path)
+    family = family_of(raw, folder)
+    configs = {name: parse_component(family, name, found, folder / name) for name, found in raw["config"].items()}
+    return About(raw, family, configs, family.traits(configs, raw))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Prepared data: clips or images and their reference frames as VAE moments, captions as token ids or embeddings.
 
-On disk a dataset is one folder: `dataset.json` (kind of text, scaling factor, shapes, captions) and one `.npy` per
+On disk a dataset is one folder: `dataset.json` (latent scale, shapes, captions) and one `.npy` per
 array, read by memory mapping. An image is a clip of one frame, so pairs and clips have the same form:
 
     mean, logvar                        [n, t, h, w, c]   what is denoised
@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import numbers
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import grain
 import numpy as np
 
 from sdv_jax.errors import UserError
+from sdv_jax.models.contract import LatentScale
 
 MOMENTS = ("mean", "logvar", "reference_mean", "reference_logvar")
 ARRAYS = (*MOMENTS, "text", "empty_text")
@@ -32,7 +34,7 @@ _MAKE = "make it with sdv_jax.data.latents.save"
 
 @dataclasses.dataclass(frozen=True)
 class LatentDataset:
-    """Arrays as in the module's docstring; `scaling_factor` is the VAE's, and is not yet applied to the moments."""
+    """Arrays as in the module's docstring; `scale` is the VAE's, and is not yet applied to the moments."""
 
     mean: np.ndarray
     logvar: np.ndarray
@@ -41,7 +43,7 @@ class LatentDataset:
     text: np.ndarray
     empty_text: np.ndarray
     captions: tuple[str, ...]
-    scaling_factor: float
+    scale: LatentScale
 
     def __post_init__(self):
         ranks = {"text": (2, 3), "empty_text": (1, 2)} | dict.fromkeys(MOMENTS, (5,))
@@ -49,9 +51,7 @@ class LatentDataset:
             raise UserError(
                 f"prepared data: moments have five axes, text two or three, none of them empty; found {_shapes(self)}"
             )
-        scale = self.scaling_factor
-        if isinstance(scale, bool) or not isinstance(scale, numbers.Real) or not (math.isfinite(scale) and scale > 0):
-            raise UserError(f"prepared data: scaling_factor is {scale!r}; expected the VAE's, a number above 0")
+        _check_scale(self.scale, self.mean.shape[-1])
         n = len(self.captions)
         sizes = {name: len(getattr(self, name)) for name in (*MOMENTS, "text")}
         if n == 0 or set(sizes.values()) != {n}:
@@ -88,7 +88,7 @@ def save(dataset: LatentDataset, folder: str | Path) -> None:
         np.save(folder / f"{name}.npy", getattr(dataset, name))
     about = {
         "format_version": FORMAT_VERSION,
-        "scaling_factor": dataset.scaling_factor,
+        "scale": dataclasses.asdict(dataset.scale),
         "shapes": {name: list(getattr(dataset, name).shape) for name in ARRAYS},
         "captions": list(dataset.captions),
     }
@@ -115,7 +115,7 @@ def load(folder: str | Path) -> LatentDataset:
                 f"prepared data {folder}: arrays have shapes {found}, dataset.json says {about['shapes']}; "
                 f"{_MAKE} again"
             )
-        return LatentDataset(**arrays, captions=tuple(about["captions"]), scaling_factor=about["scaling_factor"])
+        return LatentDataset(**arrays, captions=tuple(about["captions"]), scale=_scale(about))
     except UserError as error:
         raise UserError(str(error).replace("prepared data:", f"prepared data {folder}:", 1)) from error
     except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -173,6 +173,24 @@ def iterate(batches: StepBatches, start: int) -> Iterator[dict[str, dict[str, np
     """The batches from step `start` on, read ahead by one thread. Close the iterator when done."""
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.source(batches)[start:].to_iter_dataset(options))
+
+
+def _scale(about: Mapping) -> LatentScale:
+    """As written; the first prepared data hold CogVideoX's one factor."""
+    if "scaling_factor" in about:
+        return LatentScale((0.0,), (about["scaling_factor"],))
+    found = about["scale"]
+    return LatentScale(tuple(found["shift"]), tuple(found["scale"]), found["sampled"])
+
+
+def _check_scale(scale: LatentScale, channels: int) -> None:
+    for name, values in (("shift", scale.shift), ("scale", scale.scale)):
+        numbers_ = all(isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x) for x in values)
+        if not numbers_ or len(values) not in (1, channels) or (name == "scale" and min(values) <= 0):
+            raise UserError(
+                f"prepared data: {name} of the latents is {reprlib.repr(values)}; expected the VAE's, one number or one "
+                f"per channel ({channels})" + (", above 0" if name == "scale" else "")
+            )
 
 
 def _shapes(dataset: LatentDataset) -> str:

@@ -1,8 +1,8 @@
-"""What every objective shares: model and text encoder, draws of latents, captions and timesteps, the loss on v.
+"""What every objective shares: model and text encoder, draws of latents, captions and timesteps, the loss.
 
-CogVideoX's published loss is mean(w · (x0_hat - x0)²) with w = 1 / (1 - abar_t). Under v-prediction
-x0_hat - x0 = -sqrt(1 - abar_t) · (v_hat - v), so that loss equals the plain mean((v_hat - v)²), which is what is
-computed here.
+The loss is the mean squared error of what the network predicts: v in CogVideoX, the flow eps - x0 in Wan. CogVideoX's
+published loss is mean(w · (x0_hat - x0)²) with w = 1 / (1 - abar_t). Under v-prediction
+x0_hat - x0 = -sqrt(1 - abar_t) · (v_hat - v), so that loss equals the plain mean((v_hat - v)²).
 """
 
 import dataclasses
@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sdv_jax.adapters import reference as references
-from sdv_jax.diffusion.schedules import Schedule
-from sdv_jax.models.cogvideox.transformer import Transformer
-from sdv_jax.models.text.t5 import T5Encoder
+from sdv_jax.diffusion import AnySchedule, draw_timesteps
+from sdv_jax.models.contract import Geometry, LatentScale
+from sdv_jax.models.text.encode import encode
 from sdv_jax.typing import Array, Float, Int, Key
 
 Batch = Mapping[str, Array]
@@ -23,29 +22,39 @@ Metrics = dict[str, Array]
 
 
 class Denoiser(nnx.Module):
-    """A transformer and, where batches carry token ids, the text encoder that turns them into embeddings."""
+    """A transformer and, where batches carry token ids, the text encoder that turns them into embeddings.
 
-    def __init__(self, transformer: Transformer, text_encoder: T5Encoder | None = None):
+    `text_masked` is the family's way with padding, see `contract.Traits`.
+    """
+
+    def __init__(self, transformer: nnx.Module, text_encoder: nnx.Module | None = None, *, text_masked: bool = False):
         self.transformer = transformer
         self.text_encoder = nnx.data(text_encoder)
+        self.text_masked = text_masked
 
     def encode_text(self, text: Float[Array, "b s e"] | Int[Array, "b s"], dtype) -> Float[Array, "b s e"]:
         """Embeddings as they are, token ids through the encoder."""
-        embeddings = text if text.ndim == 3 else self.text_encoder(text)
+        embeddings = text if text.ndim == 3 else encode(self.text_encoder, text, masked=self.text_masked)
         return embeddings.astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Fixed over a run. `scaling_factor` is the VAE's; `dtype` is that of the activations, the loss is float32."""
+    """Fixed over a run.
 
-    schedule: Schedule
-    scaling_factor: float
+    `options` are further keywords of the transformer's call (`Family.options`), as pairs; `shift` is that of the
+    timestep law, None for the scheduler's own; `dtype` is that of the activations, the loss is float32.
+    """
+
+    schedule: AnySchedule
+    latents: LatentScale
+    geometry: Geometry
     text_dropout: float = 0.0
     timesteps: str = "uniform"
     logit_mean: float = 0.0
     logit_std: float = 1.0
-    adaln_lora: str = "all"
+    shift: float | None = None
+    options: tuple[tuple[str, object], ...] = ()
     dtype: jnp.dtype = jnp.float32
 
 
@@ -54,26 +63,21 @@ def loss(
     key: Key[Array, ""], *, objective: Objective, reference: Float[Array, "b k h w c"] | None = None,
     reference_index: Int[Array, "b r"] | None = None,
 ) -> Float[Array, ""]:  # fmt: skip
-    """Mean squared error of the predicted v on `latents` (in the transformer's scale), noised at drawn timesteps."""
+    """Mean squared error of the prediction for `latents` (in the transformer's scale), noised at drawn timesteps."""
+    o = objective
     noise_key, time_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
-    timesteps = draw_timesteps(time_key, latents.shape[0], objective)
-    noisy = objective.schedule.add_noise(latents, noise, timesteps).astype(objective.dtype)
-    prediction = model.transformer(
-        noisy, model.encode_text(text, objective.dtype), timesteps, reference=reference,
-        reference_index=reference_index, adaln_lora=objective.adaln_lora,
+    timesteps = draw_timesteps(
+        time_key, latents.shape[0], schedule=o.schedule, law=o.timesteps, logit_mean=o.logit_mean,
+        logit_std=o.logit_std, shift=o.shift,
     )  # fmt: skip
-    target = objective.schedule.velocity(latents, noise, timesteps)
+    noisy = o.schedule.add_noise(latents, noise, timesteps).astype(o.dtype)
+    prediction = model.transformer(
+        noisy, model.encode_text(text, o.dtype), timesteps, reference=reference, reference_index=reference_index,
+        **dict(o.options),
+    )  # fmt: skip
+    target = o.schedule.target(latents, noise, timesteps)
     return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target))
-
-
-def draw_timesteps(key: Key[Array, ""], batch: int, objective: Objective) -> Int[Array, " b"]:
-    """Training timesteps 0..T-1: uniform, or floor(T · sigmoid(N(mean, std)))."""
-    count = objective.schedule.config.num_train_timesteps
-    if objective.timesteps == "uniform":
-        return jax.random.randint(key, (batch,), 0, count)
-    logits = objective.logit_mean + objective.logit_std * jax.random.normal(key, (batch,), jnp.float32)
-    return jnp.minimum(jnp.floor(count * jax.nn.sigmoid(logits)).astype(jnp.int32), count - 1)
 
 
 def draw_latents(batch: Batch, key: Key[Array, ""], objective: Objective) -> Float[Array, "b t h w c"]:
@@ -98,5 +102,4 @@ def draw_text(batch: Batch, empty_text: Array, key: Key[Array, ""], objective: O
 
 
 def _posterior(mean: Array, logvar: Array, key: Key[Array, ""], objective: Objective) -> Array:
-    mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-    return references.sample_latents(mean, logvar, objective.scaling_factor, key)
+    return objective.latents.draw(mean.astype(jnp.float32), logvar.astype(jnp.float32), key)

@@ -22,8 +22,7 @@ def loss(
     reference = denoising.draw_reference(batch, reference_key, objective)
     index = None
     if token_drop > 0:
-        patch = model.transformer.config.patch_size
-        tokens = (latents.shape[2] // patch) * (latents.shape[3] // patch)
+        tokens = objective.geometry.frame_tokens(*latents.shape[2:4])
         index = references.keep_index(token_key, latents.shape[0], tokens, token_drop)
     return denoising.loss(
         model, latents, text, loss_key, objective=objective, reference=reference, reference_index=index

@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 from sdv_jax.data.latents import LatentDataset
-from sdv_jax.models.cogvideox.vae import VAE
+from sdv_jax.models.contract import LatentScale
 
 # Captions -> one array row each; called with [""] for the empty prompt too.
 EncodeText = Callable[[Sequence[str]], np.ndarray]
 _AT_ONCE = 128  # frames per call of the encoder, which bounds memory
 
 
-def encode(vae: VAE, video: UInt8[np.ndarray, "n t h w 3"], *, desc: str = "encoding") -> tuple[np.ndarray, np.ndarray]:
+def encode(vae: nnx.Module, video: UInt8[np.ndarray, "n t h w 3"], *, desc: str = "encoding") -> tuple[np.ndarray, np.ndarray]:
     """(mean, logvar) of every clip, each [n, t', h', w', c] float32, before scaling."""
     graph, state = nnx.split(vae)
     run = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(pixels.astype(jnp.float32) / 127.5 - 1))
@@ -32,8 +32,8 @@ def encode(vae: VAE, video: UInt8[np.ndarray, "n t h w 3"], *, desc: str = "enco
 
 
 def dataset(
-    vae: VAE,
-    scaling_factor: float,
+    vae: nnx.Module,
+    scale: LatentScale,
     video: UInt8[np.ndarray, "n t h w 3"],
     references: UInt8[np.ndarray, "n k h w 3"],
     captions: Sequence[str],
@@ -45,9 +45,4 @@ def dataset(
     images = encode(vae, references.reshape(n * k, 1, *references.shape[2:]), desc="encoding references")
     views = [moment.reshape(n, k, *moment.shape[2:]) for moment in images]
     text = np.asarray(encode_text([*captions, ""]))
-    return LatentDataset(mean, logvar, *views, text[:-1], text[-1], tuple(captions), scaling_factor)
-
-
-def latent_scale(mean: Float[np.ndarray, "n t h w c"], logvar: Float[np.ndarray, "n t h w c"]) -> float:
-    """The scaling factor that gives sampled latents unit variance."""
-    return float(1 / np.sqrt(np.var(mean) + np.mean(np.exp(logvar))))
+    return LatentDataset(mean, logvar, *views, text[:-1], text[-1], tuple(captions), scale)

@@ -38,11 +38,11 @@ class Result:
 
 def run(
     config: Config, workdir: str | Path, *, sampler: Sampler | None = None, stop_after: int | None = None,
-    data: Mapping[str, LatentDataset] | None = None, parts: setup.Parts | None = None, shown: bool = True,
+    data: Mapping[str, LatentDataset] | None = None, model: Denoiser | None = None, shown: bool = True,
 ) -> Result:  # fmt: skip
     """Trains to `config.train.steps`, resuming the run that `workdir` holds, if any.
 
-    `stop_after` ends the run early, after that many steps in all, with a checkpoint. `data` and `parts` replace what
+    `stop_after` ends the run early, after that many steps in all, with a checkpoint. `data` and `model` replace what
     the config names. SIGTERM and SIGINT end the run after the current step, with a checkpoint; `Result.finished` is
     then False. Raises UserError for a wrong config, data that do not fit, a workdir of another run, and a loss that is
     not finite.
@@ -53,22 +53,23 @@ def run(
     # ---- Data, model, plan ------------------------------------------------------------------------------------------
     data = setup.datasets(config, workdir / "data") if data is None else data
     key = plan.run_key(config)
-    parts = parts or setup.parts(config, token_ids=any(dataset.has_token_ids for dataset in data.values()))
-    setup.check_data(config, data, parts.model.transformer.config)
+    base = setup.about(config)
+    setup.check_data(config, data, base.traits)
     first = next(iter(data.values()), None)
-    objective = setup.objective(config, parts.schedule, first.scaling_factor if first else 1.0)
+    objective = setup.objective(config, base, first.scale if first else base.traits.latents)
     schedule = plan.make(config, data, objective, key)
+    model = model or setup.model(config, base, token_ids=any(dataset.has_token_ids for dataset in data.values()))
     record.claim(workdir, config)
 
     # ---- State and compiled steps -----------------------------------------------------------------------------------
     tx = optimizer.make(config.optimizer, config.train.steps)
     rate = optimizer.learning_rate(config.optimizer, config.train.steps)
-    graph, trained, frozen = state.split(parts.model, mode=config.train.mode, train_encoder=config.text.train_encoder)
+    graph, trained, frozen = state.split(model, mode=config.train.mode, train_encoder=config.text.train_encoder)
     current = state.create(trained, tx, ema=config.train.ema_decay > 0)
     decay = config.train.ema_decay
     steps = {name: step.make(graph, loss, tx, rate, ema_decay=decay) for name, loss in schedule.losses.items()}
     empty_text = jnp.asarray(first.empty_text)
-    del parts, trained
+    del model, trained
 
     # ---- Resume -----------------------------------------------------------------------------------------------------
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
@@ -108,7 +109,7 @@ def run(
     model = state.join(graph, state.result(current), frozen)
     finished = done == config.train.steps
     if finished and config.train.mode == "lora":
-        record.save_adapter(workdir / "adapter", model, config)
+        record.save_adapter(workdir / "adapter", model, config, base)
     return Result(done, finished, model, None if finished or not signals else signals[0])
 
 
@@ -123,8 +124,9 @@ def load_trained(
     workdir = Path(workdir)
     config = record.read(workdir)
     data = setup.datasets(config, workdir / "data") if data is None else data
-    parts = setup.parts(config, token_ids=any(dataset.has_token_ids for dataset in data.values()))
-    graph, trained, frozen = state.split(parts.model, mode=config.train.mode, train_encoder=config.text.train_encoder)
+    token_ids = any(dataset.has_token_ids for dataset in data.values())
+    model = setup.model(config, setup.about(config), token_ids=token_ids)
+    graph, trained, frozen = state.split(model, mode=config.train.mode, train_encoder=config.text.train_encoder)
     like = state.create(trained, optimizer.make(config.optimizer, config.train.steps), ema=config.train.ema_decay > 0)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
     try:

@@ -4,10 +4,12 @@ import dataclasses
 import json
 from pathlib import Path
 
-from sdv_jax.checkpoints import adapter_files, model_folder
+from sdv_jax.checkpoints import adapter_files
+from sdv_jax.checkpoints.model_folder import About
 from sdv_jax.errors import UserError
 from sdv_jax.objectives.denoising import Denoiser
 from sdv_jax.train import config as configs
+from sdv_jax.train import setup
 from sdv_jax.train.config import Config
 
 # What may change when a run is resumed: its length, its housekeeping, and where things lie.
@@ -48,16 +50,16 @@ def read(workdir: Path) -> Config:
         raise UserError(f"{path}: not readable as JSON ({error}); restore it, or use a new --workdir") from error
 
 
-def save_adapter(folder: Path, model: Denoiser, config: Config) -> None:
+def save_adapter(folder: Path, model: Denoiser, config: Config, base: About) -> None:
     """The trained adapter as files that this package and others load."""
-    path = config.model.path
     adapter_files.save(
         model.transformer,
         folder,
-        targets=config.lora.targets,
+        targets=setup.targets(config, base),
         adaln_lora=config.lora.adaln,
-        variant=model_folder.read_config(path)["variant"] if path else "",
-        base=Path(path).name,
+        reference=setup.stated_placement(config, base),
+        variant=base.raw["variant"],
+        base=Path(config.model.path).name,
     )
 
 

@@ -1,12 +1,11 @@
-"""From a configuration to the things a loop needs: datasets, model, objective."""
+"""From a configuration to the things a loop needs: datasets, base model, objective."""
 
 import dataclasses
-import math
+import reprlib
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +14,14 @@ from flax import nnx
 
 from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import model_folder
-from sdv_jax.checkpoints.diffusers_folder import parse_component
-from sdv_jax.checkpoints.families import rules_of
+from sdv_jax.checkpoints.families import families, rules_of
+from sdv_jax.checkpoints.model_folder import About
 from sdv_jax.data import latents
 from sdv_jax.data.latents import LatentDataset
-from sdv_jax.diffusion.schedules import Schedule, SchedulerConfig
+from sdv_jax.diffusion import noise_schedule
 from sdv_jax.errors import UserError
-from sdv_jax.models.cogvideox.transformer import Transformer, TransformerConfig
-from sdv_jax.models.text.t5 import T5Config, T5Encoder
+from sdv_jax.models.contract import LatentScale, Traits, check_defaults
+from sdv_jax.models.text.encode import encode
 from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.objectives.denoising import Denoiser, Objective
 from sdv_jax.small_world import pool, prepared
@@ -31,15 +30,8 @@ from sdv_jax.train import plan
 from sdv_jax.train.config import Config
 
 SMALL_WORLD = "small_world"
+TRAINED = ("v_prediction", "flow_prediction")  # what a network may predict
 TEXTS_AT_ONCE = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """A model ready to be trained, and its noise schedule."""
-
-    model: Denoiser
-    schedule: Schedule
 
 
 def datasets(config: Config, cache: Path) -> dict[str, LatentDataset]:
@@ -54,83 +46,138 @@ def datasets(config: Config, cache: Path) -> dict[str, LatentDataset]:
     }  # fmt: skip
     first = next(iter(found.values()), None)
     for name, dataset in found.items():
-        if dataset.scaling_factor != first.scaling_factor or dataset.empty_text.shape != first.empty_text.shape:
+        if dataset.scale != first.scale or dataset.empty_text.shape != first.empty_text.shape:
             raise UserError(
                 f"data.{name} and the other prepared data are of different models: prepare both with the same one"
             )
     return found
 
 
-def check_data(config: Config, data: Mapping[str, LatentDataset], model: TransformerConfig) -> None:
+def about(config: Config) -> About:
+    """The base model of a run: that of model.path, or one of the sizes in the config's own tables."""
+    if config.model.path:
+        return model_folder.about(config.model.path)
+    m = config.model
+    if not m.transformer:
+        raise UserError(
+            "config keys 'model.path' and 'model.transformer' are empty: give a model folder, or sizes of a new model"
+        )
+    family = next((family for family in families() if family.name == m.family), None)
+    if family is None:
+        known = ", ".join(family.name for family in families())
+        raise UserError(f"config key 'model.family': expected one of {known}, found {m.family!r}")
+    tables = {"transformer": m.transformer, "vae": m.vae, "text_encoder": m.text_encoder}
+    configs = {name: family.components[name].make(table, f"model.{name}") for name, table in tables.items()}
+    raw = {"variant": "custom", "scheduler": m.scheduler, "defaults": check_defaults(m.defaults, "model.defaults")}
+    return About(raw, family, configs, family.traits(configs, raw))
+
+
+def check_data(config: Config, data: Mapping[str, LatentDataset], traits: Traits) -> None:
     """Raises UserError unless every dataset is what the VAE and the text encoder of this model make."""
     for name, dataset in data.items():
         source = getattr(config.data, name)
         where = f"data.{name} ({source})" if source else f"data.{name}"
-        _check_latents(where, dataset, model)
+        _check_latents(where, dataset, traits)
         length, width = dataset.text.shape[1], None if dataset.has_token_ids else dataset.text.shape[2]
-        if length != model.max_text_seq_length:
+        if length != traits.text_length:
             raise UserError(
-                f"{where}: text has {length} tokens, expected {model.max_text_seq_length}, the model's "
-                "max_text_seq_length; prepare it with this model's tokenizer and length"
+                f"{where}: text has {length} tokens, expected {traits.text_length}, the model's text length; prepare it "
+                "with this model's tokenizer and length"
             )
-        if width not in (None, model.text_embed_dim):
+        if width not in (None, traits.text_width):
             raise UserError(
-                f"{where}: text embeddings have width {width}, expected {model.text_embed_dim}, the model's "
-                "text_embed_dim; prepare it with this model's text encoder"
+                f"{where}: text embeddings have width {width}, expected {traits.text_width}; prepare it with this "
+                "model's text encoder"
             )
-        own = _vae_scale(config.model.path) if config.model.path else dataset.scaling_factor
-        if not math.isclose(dataset.scaling_factor, own, rel_tol=1e-4):
-            raise UserError(
-                f"{where}: scaling_factor is {dataset.scaling_factor}, expected {own}, that of the VAE in "
-                f"{config.model.path}; prepare it with this model's VAE"
-            )
+        if config.model.path:
+            _check_scale(where, dataset.scale, traits.latents, config.model.path)
 
 
-def _check_latents(where: str, dataset: LatentDataset, model: TransformerConfig) -> None:
-    height, width, channels = dataset.mean.shape[2:]
-    if channels != model.in_channels:
+def _check_latents(where: str, dataset: LatentDataset, traits: Traits) -> None:
+    frames, height, width, channels = dataset.mean.shape[1:]
+    g = traits.geometry
+    if channels != g.channels:
         raise UserError(
-            f"{where}: latents have {channels} channels, expected {model.in_channels}, the model's in_channels; "
-            "prepare it with this model's VAE"
+            f"{where}: latents have {channels} channels, expected {g.channels}, the model's; prepare it with this "
+            "model's VAE"
         )
-    if height % model.patch_size or width % model.patch_size:
+    if height % g.patch or width % g.patch:
         raise UserError(
-            f"{where}: latents are {height} x {width} (height x width), expected multiples of {model.patch_size}, the "
+            f"{where}: latents are {height} x {width} (height x width), expected multiples of {g.patch}, the "
             "model's patch_size; prepare it at another resolution"
         )
+    if frames % g.frame_patch:
+        raise UserError(
+            f"{where}: clips have {frames} latent frames, expected a multiple of {g.frame_patch}, the model's "
+            "patch_size_t; prepare it at another length"
+        )
 
 
-def _vae_scale(path: str) -> float:
-    about = model_folder.read_config(path)
-    family = model_folder.family_of(about, Path(path))
-    return parse_component(family, "vae", about["config"]["vae"], Path(path) / "vae" / "config.json").scaling_factor
+def _check_scale(where: str, found: LatentScale, own: LatentScale, path: str) -> None:
+    for name in ("shift", "scale"):
+        have, want = getattr(found, name), getattr(own, name)
+        if len(have) != len(want) or not np.allclose(have, want, rtol=1e-4, atol=1e-6):
+            have, want = (reprlib.repr(values if len(values) > 1 else values[0]) for values in (have, want))
+            raise UserError(
+                f"{where}: {name} of its latents is {have}, expected {want}, that of the VAE in {path}; prepare it with "
+                "this model's VAE"
+            )
 
 
-def parts(config: Config, *, token_ids: bool) -> Parts:
+def model(config: Config, base: About, *, token_ids: bool) -> Denoiser:
     """The model of the run, with its adapter in mode lora; `token_ids` says that batches need the text encoder."""
     if config.text.train_encoder and not token_ids:
         raise UserError(
             "text.train_encoder=true needs data with token ids, found text embeddings; prepare the data with token ids"
         )
-    model, schedule = (_load if config.model.path else _random)(config, token_ids)
+    names = (base.family.denoiser, "text_encoder") if token_ids else (base.family.denoiser,)
+    rngs, dtype = nnx.Rngs(config.train.seed), jnp.dtype(config.model.dtype)
+    found = [
+        model_folder.load_component(config.model.path, name, dtype)
+        if config.model.path
+        else base.family.components[name].module(base.configs[name], dtype=dtype, rngs=rngs)
+        for name in names
+    ]
+    denoiser = Denoiser(*found, text_masked=base.traits.text_masked)
     if config.train.mode == "lora":
         c = config.lora
-        settings = lora.LoraConfig(rank=c.rank, alpha=c.alpha, targets=c.targets, dropout=c.dropout)
-        _, rules = rules_of(model.transformer)
-        lora.add(model.transformer, settings, names=rules.to_torch_module_name, rngs=nnx.Rngs(config.train.seed))
-    return Parts(model, schedule)
+        settings = lora.LoraConfig(rank=c.rank, alpha=c.alpha, targets=targets(config, base), dropout=c.dropout)
+        _, rules = rules_of(denoiser.transformer)
+        lora.add(denoiser.transformer, settings, names=rules.to_torch_module_name, rngs=nnx.Rngs(config.train.seed))
+    return denoiser
 
 
-def objective(config: Config, schedule: Schedule, scaling_factor: float) -> Objective:
-    """What the losses hold fixed."""
-    if schedule.config.prediction_type != "v_prediction":
+def targets(config: Config, base: About) -> tuple[str, ...]:
+    """The PEFT suffixes of the run's adapter."""
+    return config.lora.targets or base.family.lora_targets
+
+
+def reference_placement(config: Config) -> dict | None:
+    """The config's own placement of references; None: as the family has it."""
+    r = config.reference
+    if r.placement != "after":
+        return {"placement": r.placement} if r.placement else None
+    return {"placement": r.placement, "offset": r.offset, "shift": r.shift}
+
+
+def stated_placement(config: Config, base: About) -> dict | None:
+    """Where this run's references stand, in full, for the adapter to say; None where the family leaves no choice."""
+    placement = base.family.options(config.lora.adaln, reference_placement(config)).get("placement")
+    return dataclasses.asdict(placement) if placement else None
+
+
+def objective(config: Config, base: About, latents: LatentScale) -> Objective:
+    """What the losses hold fixed. Raises UserError for settings that the family does not have."""
+    schedule = noise_schedule(base.family.scheduler(base.raw["scheduler"]))
+    if schedule.config.prediction_type not in TRAINED:
         raise UserError(
-            f"scheduler: prediction_type is {schedule.config.prediction_type!r}; training needs 'v_prediction'"
+            f"scheduler: prediction_type is {schedule.config.prediction_type!r}; training needs 'v_prediction' or a flow"
         )
-    noise = dataclasses.asdict(config.noise)
+    noise = dataclasses.asdict(config.noise) | {"shift": config.noise.shift or None}
+    options = base.family.options(config.lora.adaln, reference_placement(config))
     return Objective(
-        schedule=schedule, scaling_factor=scaling_factor, text_dropout=config.text.dropout,
-        adaln_lora=config.lora.adaln, dtype=jnp.dtype(config.train.dtype), **noise,
+        schedule=schedule, latents=latents, geometry=base.traits.geometry, text_dropout=config.text.dropout,
+        options=tuple(options.items()), dtype=jnp.dtype(config.train.dtype), **noise,
     )  # fmt: skip
 
 
@@ -152,7 +199,7 @@ def _render(config: Config, name: str) -> LatentDataset:
     encode = partial(
         prepared.dataset,
         vae,
-        vae.config.scaling_factor,
+        model_folder.about(path).traits.latents,
         encode_text=_text_reader(path, embed=not config.text.train_encoder),
     )
     if name == "identity":
@@ -164,55 +211,20 @@ def _render(config: Config, name: str) -> LatentDataset:
 
 def _text_reader(path: str, *, embed: bool) -> prepared.EncodeText:
     """Captions to embeddings, or to token ids where the text encoder is trained along."""
-    tokenizer = Tokenizer(Path(path) / "tokenizer")
-    length = model_folder.read_config(path)["config"]["transformer"]["max_text_seq_length"]
+    tokenizer, traits = Tokenizer(Path(path) / "tokenizer"), model_folder.about(path).traits
     encoder = nnx.split(model_folder.load_component(path, "text_encoder")) if embed else None
 
     def read(captions: Sequence[str]) -> np.ndarray:
-        ids, _ = tokenizer.tokenize(captions, max_length=length)
+        ids, _ = tokenizer.tokenize([traits.clean_text(text) for text in captions], max_length=traits.text_length)
         if encoder is None:
             return ids
         unique, rows = np.unique(ids, axis=0, return_inverse=True)
         parts = np.array_split(unique, -(-len(unique) // TEXTS_AT_ONCE))
-        return np.concatenate([_embed(*encoder, part) for part in parts])[rows]
+        return np.concatenate([_embed(*encoder, part, traits.text_masked) for part in parts])[rows]
 
     return read
 
 
-@partial(jax.jit, static_argnums=0)
-def _embed(graph, state, ids):
-    return nnx.merge(graph, state)(ids)
-
-
-def _load(config: Config, token_ids: bool) -> tuple[Denoiser, Schedule]:
-    path, dtype = config.model.path, jnp.dtype(config.model.dtype)
-    transformer = model_folder.load_component(path, "transformer", dtype)
-    text_encoder = model_folder.load_component(path, "text_encoder", dtype) if token_ids else None
-    scheduler = SchedulerConfig.from_dict(model_folder.read_config(path)["scheduler"])
-    return Denoiser(transformer, text_encoder), Schedule(scheduler)
-
-
-def _random(config: Config, token_ids: bool) -> tuple[Denoiser, Schedule]:
-    """Random weights at the sizes of the config's own tables."""
-    rngs, dtype = nnx.Rngs(config.train.seed), jnp.dtype(config.model.dtype)
-    if not config.model.transformer:
-        raise UserError(
-            "config keys 'model.path' and 'model.transformer' are empty: give a model folder, or sizes of a new model"
-        )
-    transformer = Transformer(
-        _from_table(TransformerConfig, config.model.transformer, "model.transformer"), dtype=dtype, rngs=rngs
-    )
-    text_encoder = None
-    if token_ids:
-        text_encoder = T5Encoder(
-            _from_table(T5Config, config.model.text_encoder, "model.text_encoder"), dtype=dtype, rngs=rngs
-        )
-    return Denoiser(transformer, text_encoder), Schedule(SchedulerConfig.from_dict(config.model.scheduler))
-
-
-def _from_table(cls: type, table: Mapping[str, Any], key: str) -> Any:
-    known = {field.name for field in dataclasses.fields(cls)}
-    unknown = sorted(name for name in table if name not in known and not name.startswith("_"))
-    if unknown:
-        raise UserError(f"config key {key + '.' + unknown[0]!r} does not exist: known are {', '.join(sorted(known))}")
-    return cls(**{name: value for name, value in table.items() if name in known})
+@partial(jax.jit, static_argnums=(0, 3))
+def _embed(graph, state, ids, masked):
+    return encode(nnx.merge(graph, state), ids, masked=masked)

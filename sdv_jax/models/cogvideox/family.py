@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from sdv_jax.checkpoints.family import Component, Family, fields, located
+from sdv_jax.checkpoints.family import Component, Family
 from sdv_jax.checkpoints.rules import t5
 from sdv_jax.diffusion.schedules import SchedulerConfig
 from sdv_jax.errors import UserError
@@ -52,16 +52,13 @@ FAMILY = Family(
     pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"),
     components={
         "transformer": Component(
-            "CogVideoXTransformer3DModel", "diffusion_pytorch_model", fields(TransformerConfig), Transformer,
+            "CogVideoXTransformer3DModel", "diffusion_pytorch_model", TransformerConfig, Transformer,
             rules.of_transformer,
         ),
         "vae": Component(
-            "AutoencoderKLCogVideoX", "diffusion_pytorch_model", fields(VAEConfig), VAE, lambda config: rules.VAE
+            "AutoencoderKLCogVideoX", "diffusion_pytorch_model", VAEConfig, VAE, lambda config: rules.VAE
         ),
-        "text_encoder": Component(
-            "T5EncoderModel", "model", lambda raw, where: located(lambda: T5Config.from_json(raw), where), T5Encoder,
-            lambda config: t5.ENCODER,
-        ),
+        "text_encoder": Component("T5EncoderModel", "model", T5Config, T5Encoder, lambda config: t5.ENCODER),
     },
     scheduler=SchedulerConfig.from_dict,
     schedulers={"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"},

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 
-from sdv_jax.checkpoints.family import Component, Family, fields, located
+from sdv_jax.checkpoints.family import Component, Family
 from sdv_jax.checkpoints.rules import umt5
 from sdv_jax.diffusion.flow import FlowSchedulerConfig
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import Geometry, LatentScale, Traits
-from sdv_jax.models.text.tokenizer import clean_wan
 from sdv_jax.models.text.umt5 import UMT5Config, UMT5Encoder
 from sdv_jax.models.wan import LORA_TARGETS, SHARDING, VARIANTS, original_names, rules, vae_rules
 from sdv_jax.models.wan.transformer import ReferencePlacement, Transformer, TransformerConfig
@@ -46,7 +45,7 @@ def traits(configs: Mapping[str, object], about: Mapping) -> Traits:
         text_length=own["text_length"],
         text_width=transformer.text_dim,
         text_masked=True,
-        clean_text=clean_wan,
+        clean_text=str,
         steps=own["steps"],
         guidance=own["guidance"],
         fps=own["fps"],
@@ -66,7 +65,7 @@ def options(adaln: str, reference: Mapping | None) -> dict:
 
 
 _TRANSFORMER = Component(
-    "WanTransformer3DModel", "diffusion_pytorch_model", fields(TransformerConfig), Transformer,
+    "WanTransformer3DModel", "diffusion_pytorch_model", TransformerConfig, Transformer,
     lambda config: rules.transformer(config.patch_size),
 )  # fmt: skip
 
@@ -75,11 +74,8 @@ FAMILY = Family(
     pipelines=("WanPipeline", "WanImageToVideoPipeline"),
     components={
         "transformer": _TRANSFORMER,
-        "vae": Component("AutoencoderKLWan", "diffusion_pytorch_model", fields(VAEConfig), VAE, vae_rules.vae),
-        "text_encoder": Component(
-            "UMT5EncoderModel", "model", lambda raw, where: located(lambda: UMT5Config.from_json(raw), where),
-            UMT5Encoder, lambda config: umt5.ENCODER,
-        ),
+        "vae": Component("AutoencoderKLWan", "diffusion_pytorch_model", VAEConfig, VAE, vae_rules.vae),
+        "text_encoder": Component("UMT5EncoderModel", "model", UMT5Config, UMT5Encoder, lambda config: umt5.ENCODER),
         "transformer_2": _TRANSFORMER.but_optional(),
     },
     denoisers=("transformer", "transformer_2"),
