@@ -30,6 +30,7 @@ setup(
         "safetensors>=0.5",
         "transformers>=5.0,<6",  # only its tokenizer; transformers brings no torch
         "sentencepiece>=0.2",  # tokenizers published as spiece.model
+        "ftfy>=6.3",  # cleans prompts as Wan's were
         "av>=14.0",
         "pillow>=11.0",
         "tqdm>=4.66",

@@ -11,7 +11,7 @@ from sdv_jax.checkpoints.family import Family
 from sdv_jax.checkpoints.safetensors_io import open_folder
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import check_defaults
-from sdv_jax.models.text.tokenizer import vocabulary_size
+from sdv_jax.models.text.tokenizer import check_vocabulary
 
 FORMAT_VERSION = 1
 DEFAULTS_FILE = "defaults.json"  # ours, and optional: the size and the steps that a model is meant to be sampled with
@@ -104,7 +104,7 @@ def check_tokenizer(folder: Path) -> None:
     """Raises UserError for a tokenizer folder that is incomplete or damaged."""
     if not (folder / "tokenizer_config.json").is_file():
         raise UserError(f"{folder}: no tokenizer_config.json; the tokenizer's folder is missing or incomplete")
-    vocabulary_size(folder)
+    check_vocabulary(folder)
 
 
 def check_scheduler(family: Family, raw: dict, file: Path) -> None:

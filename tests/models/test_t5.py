@@ -13,7 +13,7 @@ from flax import nnx
 
 from sdv_jax.errors import UserError
 from sdv_jax.models.text.t5 import T5Config, T5Encoder
-from sdv_jax.models.text.tokenizer import Tokenizer, vocabulary_size
+from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.small_world import build_tokenizer
 
 XXL = {  # the keys of CogVideoX's text_encoder/config.json, in part of no use to an encoder
@@ -211,8 +211,3 @@ def test_a_tokenizer_without_a_whole_vocabulary(tmp_path, capfd, case):
         Tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
-
-
-def test_the_vocabulary_is_counted(folder, tmp_path):
-    assert vocabulary_size(folder) == 10
-    assert build_tokenizer(tmp_path) == vocabulary_size(tmp_path)

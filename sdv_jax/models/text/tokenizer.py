@@ -1,11 +1,15 @@
 """Prompts to token ids, with the tokenizer that came with the checkpoint; transformers reads it, from disk only."""
 
+import functools
+import html
 import json
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ftfy
 import numpy as np
 
 from sdv_jax.errors import UserError
@@ -23,11 +27,17 @@ class Tokenizer:
         folder = Path(folder)
         if not (folder / "tokenizer_config.json").is_file():
             raise UserError(f"tokenizer: {folder} has no tokenizer_config.json; expected a pipeline's tokenizer folder")
-        vocabulary_size(folder)  # transformers would go without a vocabulary, or ask for tiktoken to read a damaged one
-        from transformers import AutoTokenizer  # heavy, and needed only once a prompt is to be read
+        check_vocabulary(folder)  # transformers would go without one, or ask for tiktoken to read a damaged one
+        from transformers import (
+            AutoTokenizer,
+            PreTrainedTokenizerFast,
+        )  # heavy, needed only once a prompt is to be read
 
+        # The class for T5 that AutoTokenizer would choose builds its own tokenizer around the vocabulary of a
+        # tokenizer.json, with 2 as the id of unknown characters, where UMT5's file says 3. It is also slower.
+        reader = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self._tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # whatever the readers of json, sentencepiece and tokenizers raise for a broken file
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"tokenizer: transformers cannot read {folder}: {first}") from error
@@ -56,42 +66,51 @@ class Tokenizer:
         return ids, mask
 
 
-def vocabulary_size(folder: Path) -> int:
-    """How many tokens the files of a tokenizer folder hold, sentinels that transformers adds while loading not counted.
+def clean_wan(text: str) -> str:
+    """A prompt as diffusers' `WanPipeline` cleans it: mojibake and HTML mended, runs of blanks made one."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))  # twice: texts from the web are often escaped twice
+    return re.sub(r"\s+", " ", text).strip()
 
-    Raises `UserError` when neither spiece.model nor tokenizer.json is there, or one of them is damaged.
-    """
-    readers = {"spiece.model": _pieces, "tokenizer.json": _entries}
+
+def check_vocabulary(folder: Path) -> None:
+    """Raises `UserError` when neither spiece.model nor tokenizer.json is in `folder`, or one of them is damaged."""
+    readers = {"spiece.model": _check_pieces, "tokenizer.json": _check_entries}
     found = [name for name in readers if (folder / name).is_file()]
     if not found:
         raise UserError(f"{folder}: no vocabulary, neither {' nor '.join(readers)}; restore the tokenizer's files")
-    sizes = []
     for name in found:
-        try:
-            sizes.append(readers[name]((folder / name).read_bytes()))
-        except Exception as error:  # whatever the readers of protobuf and json raise for bytes that are neither
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{folder / name}: damaged ({reason}); restore the file from its source") from None
-    return max(sizes)
+        stat = (folder / name).stat()
+        if reason := _damage(readers[name], folder / name, stat.st_size, stat.st_mtime_ns):
+            raise UserError(f"{folder / name}: damaged ({reason}); restore the file from its source")
 
 
-def _pieces(raw: bytes) -> int:
-    """Pieces of a SentencePiece model. The two specs come last in the file: without them it was cut between pieces."""
+@functools.lru_cache(maxsize=16)
+def _damage(check: Callable[[bytes], None], file: Path, size: int, changed: int) -> str | None:
+    """What is wrong with `file`. The answer is kept for as long as size and time of change are the same.
+
+    A model's folder is checked whenever a part of it is opened, and UMT5's tokenizer.json takes half a second.
+    """
+    try:
+        return check(file.read_bytes())
+    except Exception as error:  # whatever the readers of protobuf and json raise for bytes that are neither
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _check_pieces(raw: bytes) -> None:
+    """Reads a SentencePiece model. The two specs come last in the file: without them it was cut between pieces."""
     from sentencepiece import sentencepiece_model_pb2  # as heavy as transformers' own reader, which uses it too
 
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString(raw)
     if not (model.pieces and model.HasField("trainer_spec") and model.HasField("normalizer_spec")):
         raise ValueError("it ends before its last part")
-    return len(model.pieces)
 
 
-def _entries(raw: bytes) -> int:
-    """Tokens of a tokenizers file, whose model maps them to ids or, if it is a unigram one, lists them."""
+def _check_entries(raw: bytes) -> None:
+    """Reads a tokenizers file, whose model maps tokens to ids or, if it is a unigram one, lists them."""
     content = json.loads(raw)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError("no model in it")
     vocabulary = content["model"].get("vocab")
     if not isinstance(vocabulary, (dict, list)) or not vocabulary:
         raise ValueError("no vocabulary in it")
-    return len(vocabulary)
