@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from sdv_jax.checkpoints.diffusers_folder import DEFAULTS_FILE
 from sdv_jax.checkpoints.engine import leaf_shapes, leaves_of
-from sdv_jax.checkpoints.families import Family
+from sdv_jax.checkpoints.family import Family
 from sdv_jax.checkpoints.safetensors_io import Output, rows_of, write_folder, write_json
 from sdv_jax.checkpoints.staging import staged
 from sdv_jax.sharding import dotted
@@ -26,37 +27,41 @@ def save_pipeline(
     *,
     scheduler: Mapping,
     tokenizer: str | os.PathLike,
+    index: Mapping = {},
+    defaults: Mapping = {},
 ) -> None:
-    """Writes the new folder `out`, which diffusers loads as `family.pipeline`.
+    """Writes the new folder `out`, which diffusers loads as the family's first pipeline class.
 
-    `modules` and `configs` are keyed by component; a config is the content of its config.json (see `diffusers_config`).
-    `scheduler` is the content of scheduler_config.json, `tokenizer` a folder to copy. Raises UserError where `out`
-    exists.
+    `modules` and `configs` are keyed by component; a config is the content of its config.json, absent where that is the
+    module's own config as diffusers writes it. `scheduler` is the content of scheduler_config.json, `tokenizer` a folder
+    to copy, `index` further keys of model_index.json, `defaults` the content of defaults.json. Raises UserError where
+    `out` exists.
     """
-    outputs = {
-        name: _outputs(modules[name], component.rules(modules[name].config))
-        for name, component in family.components.items()
-    }
+    outputs = {name: _outputs(module, family.components[name].rules(module.config)) for name, module in modules.items()}
     index = {
-        "_class_name": family.pipeline,
+        "_class_name": family.pipelines[0],
         "_diffusers_version": _DIFFUSERS,
         "tokenizer": ["transformers", "T5Tokenizer"],
         "scheduler": ["diffusers", scheduler["_class_name"]],
+        **index,
     }
     with staged(Path(out), needed=sum(o.nbytes for found in outputs.values() for o in found)) as partial:
-        for name, component in family.components.items():
+        for name, module in modules.items():
+            component = family.components[name]
             (partial / name).mkdir()
             write_folder(partial / name, component.stem, outputs[name])
-            write_json(partial / name / "config.json", configs[name])
-            library = "transformers" if name == "text_encoder" else "diffusers"
-            index[name] = [library, component.torch_class]
+            own = configs.get(name) or _diffusers_config(component.torch_class, module.config)
+            write_json(partial / name / "config.json", own)
+            index[name] = ["transformers" if name == "text_encoder" else "diffusers", component.torch_class]
         (partial / "scheduler").mkdir()
         write_json(partial / "scheduler" / "scheduler_config.json", scheduler)
         shutil.copytree(tokenizer, partial / "tokenizer")
         write_json(partial / "model_index.json", index)
+        if defaults:
+            write_json(partial / DEFAULTS_FILE, defaults)
 
 
-def diffusers_config(class_name: str, config) -> dict:
+def _diffusers_config(class_name: str, config) -> dict:
     """A config dataclass whose fields are diffusers' keys, as diffusers writes it."""
     return {"_class_name": class_name, "_diffusers_version": _DIFFUSERS, **dataclasses.asdict(config)}
 

@@ -1,4 +1,4 @@
-"""Training of a small CogVideoX VAE from nothing, on clips and single frames of the small world."""
+"""Training of a small VAE, CogVideoX's or Wan's, from nothing, on clips and single frames of the small world."""
 
 import dataclasses
 import json
@@ -15,14 +15,16 @@ from flax import nnx
 from tqdm import tqdm
 
 from sdv_jax.errors import UserError
-from sdv_jax.models.cogvideox.vae import VAE, VAEConfig
+from sdv_jax.models import cogvideox, wan
+from sdv_jax.models.cogvideox.vae import VAE as CogVideoXVAE
 from sdv_jax.models.cogvideox.vae_blocks import SpatialNorm
+from sdv_jax.models.wan.vae import VAE as WanVAE
 from sdv_jax.typing import Array, Float, Key, UInt8
 
 SampleBatch = Callable[[np.random.Generator, int], np.ndarray]
 
 _LEVELS = 3
-TINY_VAE = VAEConfig(
+TINY_VAE = cogvideox.VAEConfig(
     down_block_types=("CogVideoXDownBlock3D",) * _LEVELS,
     up_block_types=("CogVideoXUpBlock3D",) * _LEVELS,
     block_out_channels=(16, 32, 64),
@@ -33,6 +35,14 @@ TINY_VAE = VAEConfig(
     sample_width=32,
     scaling_factor=1.0,
 )
+
+# Patches, residual shortcuts, four frames in one latent: Wan 2.2's kind, with half its spatial compression.
+TINY_WAN_VAE = wan.VAEConfig(
+    base_dim=24, decoder_base_dim=32, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temperal_downsample=(True, True),
+    is_residual=True, in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=8, scale_factor_temporal=4,
+    latents_mean=(0.0,) * 32, latents_std=(1.0,) * 32,
+)  # fmt: skip
+_MODULES = {cogvideox.VAEConfig: CogVideoXVAE, wan.VAEConfig: WanVAE}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +65,7 @@ class AutoencoderConfig:
       log_every: steps between lines of metrics.
     """
 
-    vae: VAEConfig = TINY_VAE
+    vae: cogvideox.VAEConfig | wan.VAEConfig = TINY_VAE
     steps: int = 2400
     batch_size: int = 2
     images: int = 4
@@ -72,7 +82,7 @@ class AutoencoderConfig:
     log_every: int = 20
 
 
-def train(config: AutoencoderConfig, sample_batch: SampleBatch, *, workdir: str | Path) -> VAE:
+def train(config: AutoencoderConfig, sample_batch: SampleBatch, *, workdir: str | Path) -> nnx.Module:
     """Trains a VAE, or goes on from the checkpoint in `workdir`, and returns it.
 
     Args:
@@ -86,7 +96,7 @@ def train(config: AutoencoderConfig, sample_batch: SampleBatch, *, workdir: str 
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    graph, params = nnx.split(well_conditioned(VAE(config.vae, rngs=nnx.Rngs(config.seed))))
+    graph, params = nnx.split(well_conditioned(_MODULES[type(config.vae)](config.vae, rngs=nnx.Rngs(config.seed))))
     params = nnx.to_pure_dict(params)
     optimizer = make_optimizer(config)
     state = (params, optimizer.init(params))
@@ -141,18 +151,18 @@ def _like_adam(updates, _):
     return jax.tree.map(lambda u: 0.2 * max(math.prod(u.shape[:-1]), u.shape[-1]) ** 0.5 * u, updates)
 
 
-def well_conditioned(vae: VAE) -> VAE:
+def well_conditioned(vae: nnx.Module) -> nnx.Module:
     """The same fresh model with a start that trains.
 
-    The decoder's norms begin near the plain group norm instead of scaling by random linear forms of the latents, and
-    latents begin with little noise.
+    CogVideoX's decoder begins with norms near the plain group norm instead of scaling by random linear forms of the
+    latents, and latents begin with little noise.
     """
     for _, module in nnx.iter_modules(vae):
         if isinstance(module, SpatialNorm):
             module.conv_y.bias[...] = jnp.ones_like(module.conv_y.bias[...])
             for conv in (module.conv_y, module.conv_b):
                 conv.kernel[...] *= 0.1
-    bias = vae.encoder.conv_out.bias
+    bias = (vae.quant_conv if isinstance(vae, WanVAE) else vae.encoder.conv_out).bias
     bias[...] = bias[...].at[bias.shape[0] // 2 :].set(-4.0)
     return vae
 
@@ -177,12 +187,15 @@ def make_step(config: AutoencoderConfig, graph: nnx.GraphDef, optimizer: optax.G
 
 
 def loss(
-    config: AutoencoderConfig, model: VAE, pixels: UInt8[Array, "b t h w c"], key: Key[Array, ""]
+    config: AutoencoderConfig, model: nnx.Module, pixels: UInt8[Array, "b t h w c"], key: Key[Array, ""]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(training loss, PSNR in dB) of reconstructing uint8 clips through sampled latents."""
     target = pixels.astype(jnp.float32) / 127.5 - 1
     mean, logvar = model.encode(target)
-    error = model.decode(mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)) - target
+    drawn = mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
+    # Clipped pixels have no gradient, and Wan's decoder clips.
+    decoded = model.decode(drawn, clip=False) if isinstance(model, WanVAE) else model.decode(drawn)
+    error = decoded - target
     edges = sum(jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in (2, 3))
     divergence = (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean() / 2
     square = jnp.square(error).mean()

@@ -1,7 +1,9 @@
-"""The base model of the small world, from nothing: autoencoder, data, text-to-video training, diffusers folder.
+"""The base models of the small world, from nothing: autoencoder, data, text-to-video training, diffusers folder.
 
     python -m sdv_jax.small_world.base --config configs/small_world_base.py --workdir runs/base \\
         --out models/small-world-cogvideox
+    python -m sdv_jax.small_world.base --config configs/small_world_wan_base.py --workdir runs/wan_base \\
+        --out models/small-world-wan
 
 Every stage resumes where it stopped and is skipped once done.
 """
@@ -9,29 +11,26 @@ Every stage resumes where it stopped and is skipped once done.
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 from flax import nnx
 
-from sdv_jax.checkpoints.families import COGVIDEOX
-from sdv_jax.checkpoints.save import diffusers_config, save_pipeline
+from sdv_jax.checkpoints.save import save_pipeline
 from sdv_jax.data import latents
-from sdv_jax.models.cogvideox.vae import VAE
 from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.small_world import prepared
-from sdv_jax.small_world.autoencoder import AutoencoderConfig
+from sdv_jax.small_world.autoencoder import TINY_WAN_VAE, AutoencoderConfig
 from sdv_jax.small_world.autoencoder import train as train_autoencoder
 from sdv_jax.small_world.pool import clip_pool, pair_pool
 from sdv_jax.small_world.tokenizer import MAX_LENGTH, build_tokenizer
 from sdv_jax.small_world.world import World
 from sdv_jax.train import config as configs
-from sdv_jax.train import loop
+from sdv_jax.train import loop, setup
 
 _VAE_POOL, _CLIP_POOL, _IMAGE_POOL = 100, 101, 102  # seeds: three pools of different subjects
-
-
-AUTOENCODER = AutoencoderConfig()
+_MEASURED = 512  # clips whose latents decide the scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,82 +42,119 @@ class Sizes:
     images: int = 8000
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a family's small base has of its own.
+
+    scale: (mean, logvar of latents [n, t, h, w, c]) -> the keys of the VAE's config that bring latents to unit variance.
+    text: what transformers wants in text_encoder/config.json. index: further keys of model_index.json.
+    """
+
+    autoencoder: AutoencoderConfig
+    scale: Callable[[np.ndarray, np.ndarray], dict]
+    text: Mapping
+    index: Mapping
+
+
+def _one_factor(mean: np.ndarray, logvar: np.ndarray) -> dict:
+    """One factor for all channels, of sampled latents (CogVideoX)."""
+    return {"scaling_factor": round(float(1 / np.sqrt(np.var(mean) + np.mean(np.exp(logvar)))), 6)}
+
+
+def _per_channel(mean: np.ndarray, logvar: np.ndarray) -> dict:
+    """Mean and deviation of each channel, of the posterior's means (Wan)."""
+    flat = mean.reshape(-1, mean.shape[-1]).astype(np.float64)
+    return {name: tuple(round(float(x), 4) for x in values)
+            for name, values in (("latents_mean", flat.mean(0)), ("latents_std", flat.std(0)))}  # fmt: skip
+
+
+_TEXT = {
+    "is_encoder_decoder": True, "is_gated_act": True, "dense_act_fn": "gelu_new", "dropout_rate": 0.0,
+    "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}  # fmt: skip
+RECIPES = {
+    "cogvideox": Recipe(
+        AutoencoderConfig(), _one_factor, {"architectures": ["T5EncoderModel"], "model_type": "t5"} | _TEXT, {}
+    ),
+    "wan": Recipe(
+        AutoencoderConfig(vae=TINY_WAN_VAE), _per_channel,
+        {"architectures": ["UMT5EncoderModel"], "model_type": "umt5", "scalable_attention": True} | _TEXT,
+        {"boundary_ratio": None, "expand_timesteps": True, "transformer_2": [None, None]},
+    ),
+}  # fmt: skip
+
+
 def make(
     config: configs.Config,
     workdir: str | Path,
     out: str | Path,
     *,
-    autoencoder: AutoencoderConfig = AUTOENCODER,
+    autoencoder: AutoencoderConfig | None = None,
     sizes: Sizes = Sizes(),
 ) -> None:
     """Trains everything under `workdir` and writes the pipeline folder `out`."""
-    workdir = Path(workdir)
-    world = World()
+    workdir, world, recipe = Path(workdir), World(), RECIPES[config.model.family]
     pieces = build_tokenizer(workdir / "tokenizer")
-    vae = _autoencoder(world, autoencoder, workdir / "autoencoder", sizes.autoencoder_clips)
-    scale = _prepare(world, vae, workdir, sizes)
-    table = {"vocab_size": pieces, **config.model.text_encoder}
+    vae = _autoencoder(world, autoencoder or recipe.autoencoder, workdir / "autoencoder", sizes.autoencoder_clips)
+    vae = _scaled(world, vae, recipe, workdir / "scale.json", sizes)
+    tables = {
+        "text_encoder": {"vocab_size": pieces, **config.model.text_encoder},
+        "vae": dataclasses.asdict(vae.config),
+    }
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, text_encoder=table),
+        model=dataclasses.replace(config.model, **tables),
         data=dataclasses.replace(config.data, identity=str(workdir / "images"), motion=str(workdir / "clips")),
     )
+    _prepare(world, vae, setup.about(config), workdir, sizes)
     result = loop.run(config, workdir / "base")
     if result.finished:
-        write(result.model, vae, scale, config.model.scheduler, workdir / "tokenizer", out)
+        write(result.model, vae, config, workdir / "tokenizer", out)
 
 
-def write(model, vae: VAE, scale: float, scheduler: Mapping, tokenizer: Path, out: str | Path) -> None:
+def write(model, vae: nnx.Module, config: configs.Config, tokenizer: Path, out: str | Path) -> None:
     """The pipeline folder of a trained base."""
-    transformer, encoder = model.transformer, model.text_encoder
-    vae = nnx.clone(vae)
-    vae.config = dataclasses.replace(vae.config, scaling_factor=round(scale, 6))
-    t5 = {
-        "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
-        "is_encoder_decoder": True,
-        "is_gated_act": True,
-        "dense_act_fn": "gelu_new",
-        "dropout_rate": 0.0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float32",
-        **dataclasses.asdict(encoder.config),
-    }
+    family, recipe = setup.about(config).family, RECIPES[config.model.family]
+    encoder = model.text_encoder
+    modules = {"transformer": model.transformer, "vae": vae, "text_encoder": encoder}
     save_pipeline(
-        out, COGVIDEOX, {"transformer": transformer, "vae": vae, "text_encoder": encoder},
-        {"transformer": diffusers_config("CogVideoXTransformer3DModel", transformer.config),
-         "vae": diffusers_config("AutoencoderKLCogVideoX", vae.config), "text_encoder": t5},
-        scheduler=scheduler, tokenizer=tokenizer,
+        out, family, modules, {"text_encoder": {**recipe.text, **dataclasses.asdict(encoder.config)}},
+        scheduler=config.model.scheduler, tokenizer=tokenizer, index=recipe.index, defaults=config.model.defaults,
     )  # fmt: skip
 
 
-def _autoencoder(world: World, config: AutoencoderConfig, workdir: Path, clips: int) -> VAE:
+def _autoencoder(world: World, config: AutoencoderConfig, workdir: Path, clips: int) -> nnx.Module:
     video = clip_pool(world, _VAE_POOL, clips).video
     return train_autoencoder(config, lambda rng, n: video[rng.integers(len(video), size=n)], workdir=workdir)
 
 
-def _prepare(world: World, vae: VAE, workdir: Path, sizes: Sizes) -> float:
-    """Writes `clips` and `images` under `workdir`, if they are not there, and returns the scaling factor."""
-    note = workdir / "scaling_factor.json"
-    if note.is_file():
-        return json.loads(note.read_text())
-    tokenizer = Tokenizer(workdir / "tokenizer")
+def _scaled(world: World, vae: nnx.Module, recipe: Recipe, note: Path, sizes: Sizes) -> nnx.Module:
+    """The VAE with the scale of its latents in its config; measured once, and noted."""
+    if not note.is_file():
+        clips = clip_pool(world, _CLIP_POOL, sizes.clips).video[:_MEASURED]
+        note.write_text(json.dumps(recipe.scale(*prepared.encode(vae, clips, desc="measuring latents"))))
+    vae = nnx.clone(vae)
+    found = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(note.read_text()).items()}
+    vae.config = dataclasses.replace(vae.config, **found)
+    return vae
+
+
+def _prepare(world: World, vae: nnx.Module, base: setup.About, workdir: Path, sizes: Sizes) -> None:
+    """Writes `clips` and `images` under `workdir`, if they are not there."""
+    tokenizer, scale = Tokenizer(workdir / "tokenizer"), base.traits.latents
 
     def ids(captions):
         return tokenizer.tokenize(captions, max_length=MAX_LENGTH)[0]
 
-    clips, pairs = clip_pool(world, _CLIP_POOL, sizes.clips), pair_pool(world, _IMAGE_POOL, sizes.images, marked=False)
-    scale = prepared.latent_scale(*prepared.encode(vae, clips.video[:512], desc="measuring latents"))
-    latents.save(prepared.dataset(vae, scale, clips.video, clips.video[:, :1], clips.captions, ids), workdir / "clips")
-    latents.save(
-        prepared.dataset(vae, scale, pairs.target[:, None], pairs.target[:, None], pairs.captions, ids),
-        workdir / "images",
-    )
-    note.write_text(json.dumps(scale))
-    return scale
+    if not (workdir / "clips" / "dataset.json").is_file():
+        clips = clip_pool(world, _CLIP_POOL, sizes.clips)
+        made = prepared.dataset(vae, scale, clips.video, clips.video[:, :1], clips.captions, ids)
+        latents.save(made, workdir / "clips")
+    if not (workdir / "images" / "dataset.json").is_file():
+        pairs = pair_pool(world, _IMAGE_POOL, sizes.images, marked=False)
+        stills = pairs.target[:, None]
+        latents.save(prepared.dataset(vae, scale, stills, stills, pairs.captions, ids), workdir / "images")
 
 
 def main() -> None:
