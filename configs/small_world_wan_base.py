@@ -14,7 +14,7 @@ def get_config():
     config = small_world_base.get_config()
     config.model.family = "wan"
     config.model.transformer = dict(
-        patch_size=(1, 1, 1), num_attention_heads=5, attention_head_dim=32, in_channels=32, out_channels=32, text_dim=64,
+        num_attention_heads=5, attention_head_dim=32, in_channels=12, out_channels=12, text_dim=64,
         freq_dim=64, ffn_dim=640, num_layers=6,
     )  # fmt: skip
     config.model.scheduler = dict(
