@@ -1,13 +1,14 @@
 # Everything here needs Python >= 3.11, make and a C compiler; each target makes .venv and installs what it uses.
 PYTHON ?= python3
+FAMILY ?= cogvideox
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml
 
 .PHONY: demo test lint bench base clean
 
-demo: $(VENV)/.installed  ## convert the shipped base, train the adapter's last stretch, sample held-out subjects, score them
-	$(BIN)/sdv demo --workdir runs/demo
+demo: $(VENV)/.installed  ## [FAMILY=cogvideox|wan] convert the shipped base, train the adapter's last stretch, sample held-out subjects, score them
+	$(BIN)/sdv demo --family $(FAMILY)
 
 test: $(VENV)/.tested  ## every test, on the CPU
 	$(BIN)/python -m pytest tests

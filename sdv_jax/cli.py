@@ -139,7 +139,9 @@ def _sample_arguments(command: argparse.ArgumentParser) -> None:
         default="crop",
         help="crop pictures to the video's shape (default), or pad them",
     )
+    add("--image", metavar="IMAGE", help="the first frame, for image-to-video models")
     add("--adapter", metavar="PATH", help="a folder that training left, or a LoRA .safetensors file")
+    add("--adapter-2", metavar="PATH", help="the same for the second expert of a model of two")
     add(
         "--adapter-alpha", type=float, metavar="A", help="alpha of a LoRA file that does not say it (default: its rank)"
     )
@@ -149,14 +151,18 @@ def _sample_arguments(command: argparse.ArgumentParser) -> None:
     add("--height", type=int, metavar="H", help="pixels (default: the model's own)")
     add("--width", type=int, metavar="W", help="pixels (default: the model's own)")
     add("--num-frames", type=int, metavar="N", help="frames (default: the model's own)")
-    add("--steps", type=int, metavar="N", help="denoising steps (default: 50)")
-    add("--guidance", type=float, metavar="G", help="strength of the prompt (default: 6; 1 switches guidance off)")
+    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's own)")
+    guidance = "strength of the prompt (default: the model's own; 1 switches guidance off)"
+    add("--guidance", type=float, metavar="G", help=guidance)
+    add("--guidance-2", type=float, metavar="G", help="the same for the second expert of a model of two")
     add("--dynamic-guidance", action="store_true", help="CogVideoX's cosine law over the steps")
-    add("--scheduler", metavar="ddim|dpm", help="the solver (default: as the model says)")
+    add("--scheduler", metavar="NAME", help="solver: ddim or dpm (CogVideoX), unipc or euler (Wan); default: the model's")
+    add("--flow-shift", type=float, metavar="S", help="Wan: shift of the noise levels (default: the model's)")
     add("--seed", type=int, default=0, metavar="S", help="same seed, same video (default: 0)")
-    add("--fps", type=float, default=8.0, metavar="F", help="frames per second of the file (default: 8)")
+    add("--fps", type=float, metavar="F", help="frames per second of the file (default: the model's own)")
     add("--dtype", metavar="float32|bfloat16", default="float32", help="of weights and computation (default: float32)")
     add("--tiling", action="store_true", help="decode in tiles: less memory")
+    add("--offload", action="store_true", help="of two experts, only the one at work on the device")
     add("--quiet", action="store_true", help="no progress bars")
 
 
@@ -164,7 +170,7 @@ def _sample(options: argparse.Namespace) -> None:
     from sdv_jax.data.files import check_writable
     from sdv_jax.data.images import FITS, fit_image, read_image
     from sdv_jax.data.video import check_fps, to_uint8, write_contact_sheet, write_video
-    from sdv_jax.request import DTYPES, SCHEDULERS, check_choice, check_request
+    from sdv_jax.request import DTYPES, check_choice, check_request
 
     out = check_writable(options.out, what="video")
     if out.suffix.lower() != ".mp4":
@@ -172,27 +178,35 @@ def _sample(options: argparse.Namespace) -> None:
         raise UserError(f"--out {out} does not end in .mp4; videos are written as mp4, name it {better}")
     sheet = check_writable(out.with_suffix(".png"), what="contact sheet")
     for path in (out, sheet):
-        if any(path.exists() and os.path.exists(r) and os.path.samefile(path, r) for r in options.reference):
-            raise UserError(f"--out {out} would replace the reference image {path}; choose another name")
-    check_fps(options.fps)
+        given = [*options.reference, *([options.image] if options.image else [])]
+        if any(path.exists() and os.path.exists(r) and os.path.samefile(path, r) for r in given):
+            raise UserError(f"--out {out} would replace the picture {path}; choose another name")
+    if options.fps is not None:
+        check_fps(options.fps)
     check_choice(options.reference_fit, "reference fit", FITS)
     check_choice(options.dtype, "dtype", DTYPES)
     pictures = [read_image(path) for path in options.reference]
+    first_frame = read_image(options.image) if options.image else None
 
-    from sdv_jax.pipeline import load_pipeline, read_limits
+    from sdv_jax.checkpoints.model_folder import about
+    from sdv_jax.pipeline import load_pipeline
 
-    asked = {name: getattr(options, name) for name in ("prompt", "negative_prompt", "steps", "guidance", "seed")}
+    names = ("prompt", "negative_prompt", "steps", "guidance", "guidance_2", "seed")
+    asked = {name: getattr(options, name) for name in names}
     size = {name: getattr(options, name) for name in ("num_frames", "height", "width")}
     # A wrong number is told now, not after the weights are read.
-    geometry, scheduler = read_limits(options.model)
-    check_request(geometry, **asked, size=tuple(size.values()), train_timesteps=scheduler.num_train_timesteps)
+    model = about(options.model)
+    steps = model.family.scheduler(model.raw["scheduler"]).num_train_timesteps
+    check_request(model.traits, **asked, size=tuple(size.values()), train_timesteps=steps)
     if options.scheduler is not None:
-        check_choice(options.scheduler, "scheduler", tuple(SCHEDULERS))
+        check_choice(options.scheduler, "scheduler", tuple(model.family.schedulers))
     pipe = load_pipeline(
         options.model,
         adapter=options.adapter,
         adapter_alpha=options.adapter_alpha,
         adapter_adaln=options.adapter_adaln,
+        adapter_2=options.adapter_2,
+        offload=options.offload,
         dtype=options.dtype,
         progress=not options.quiet,
     )
@@ -200,6 +214,8 @@ def _sample(options: argparse.Namespace) -> None:
         **asked,
         **size,
         reference=pictures or None,
+        image=first_frame,
+        flow_shift=options.flow_shift,
         scheduler=options.scheduler,
         dynamic_guidance=options.dynamic_guidance,
         reference_fit=options.reference_fit,
@@ -211,7 +227,7 @@ def _sample(options: argparse.Namespace) -> None:
     shown = [to_uint8(fit_image(p, height=height, width=width, fit=options.reference_fit) / 2 + 0.5) for p in pictures]
     count = min(len(frames), SHEET_FRAMES)
     shown += [frames[round(i * (len(frames) - 1) / max(count - 1, 1))] for i in range(count)]
-    write_video(out, frames, fps=options.fps)
+    write_video(out, frames, fps=options.fps or model.traits.fps)
     write_contact_sheet(sheet, [shown])
     amount = f"{len(frames)} frame{'s' * (len(frames) > 1)}"
     print(f"{out}  {amount} of {width}x{height}, contact sheet {sheet}")
@@ -240,15 +256,19 @@ def _train(options: argparse.Namespace) -> int:
 
 def _demo_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--workdir", default="runs/demo", metavar="DIR", help="where the results go (default: runs/demo)"
+        "--workdir", metavar="DIR", help="where the results go (default: runs/demo, or runs/demo-FAMILY)"
     )
+    command.add_argument("--family", default="cogvideox", metavar="cogvideox|wan", help="the base (default: cogvideox)")
 
 
 def _demo(options: argparse.Namespace) -> None:
     from sdv_jax.data.files import make_folder
+    from sdv_jax.request import check_choice
     from sdv_jax.small_world import demo
 
-    demo.run(make_folder(options.workdir, what="workdir"))
+    check_choice(options.family, "family", tuple(demo.SHIPPED))
+    workdir = options.workdir or ("runs/demo" if options.family == "cogvideox" else f"runs/demo-{options.family}")
+    demo.run(make_folder(workdir, what="workdir"), options.family)
 
 
 _COMMANDS = {

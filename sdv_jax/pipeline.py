@@ -4,7 +4,8 @@
     video = pipe("a <cls> subject drifting left over sand", reference="subject.png", seed=1)     # numpy [1, t, h, w, 3]
 
 Scales. The VAE's own latents come out of `encode` and go into `decode`. Everything the transformer sees (`latents`,
-`reference_latents`, `denoise`) is multiplied by the VAE's `scaling_factor`; `pipe.scaling_factor` is that number.
+`reference_latents`, `image_latents`, `denoise`) is in the transformer's scale; `pipe.traits.latents` goes from one to
+the other (`to_model`, `to_vae`).
 
 What users call checks its arguments itself and tells a mistake as a UserError, hence `no_type_check`: the shape checker
 of the tests would be first.
@@ -16,7 +17,6 @@ import numbers
 import os
 import pathlib
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import no_type_check
 
 import jax
@@ -24,33 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sdv_jax import programs
-from sdv_jax.adapters.reference import sample_latents
 from sdv_jax.checkpoints import adapter_files, model_folder
-from sdv_jax.checkpoints.diffusers_folder import parse_component
+from sdv_jax.checkpoints.model_folder import About
 from sdv_jax.data.images import fit_image, read_image
-from sdv_jax.diffusion import SchedulerConfig, dynamic_scale, make_solver
+from sdv_jax.diffusion import dynamic_scale, make_solver, two_expert_scales, with_flow_shift
 from sdv_jax.errors import UserError
-from sdv_jax.models.cogvideox.vae import Tiling
 from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.nn.modulation import STREAMS
 from sdv_jax.progress import Progress
-from sdv_jax.request import (
-    DTYPES,
-    OUTPUTS,
-    SCHEDULERS,
-    Geometry,
-    Request,
-    check_array,
-    check_choice,
-    check_request,
-    check_video_size,
-)
+from sdv_jax.request import DTYPES, OUTPUTS, Request, check_array, check_choice, check_request, check_video_size
+from sdv_jax.runtime import Runtime
 from sdv_jax.typing import Array, Float, Int
 
 logger = logging.getLogger(__name__)
-
-COMPONENTS = ("transformer", "vae", "text_encoder")
 
 
 class Pipeline:
@@ -61,32 +47,19 @@ class Pipeline:
     """
 
     def __init__(
-        self,
-        *,
-        transformer,
-        vae,
-        text_encoder,
-        tokenizer,
-        scheduler,
-        config: dict,
-        adaln_lora: str = "all",
-        dtype: str = "float32",
-        mesh=None,
-        seconds: dict | None = None,
-    ):
-        self.config = config
-        self.scheduler = scheduler
-        self.geometry = Geometry.of(transformer.config, vae.config)
-        self.scaling_factor: float = vae.config.scaling_factor
-        self.text_length: int = transformer.config.max_text_seq_length
-        self.text_width: int = transformer.config.text_embed_dim
-        self._tiling = Tiling.default(vae.config)
-        self.dtype = jnp.dtype(dtype)
+        self, about: About, modules: dict[str, nnx.Module], tokenizer: Tokenizer, *, options: dict,
+        dtype: str = "float32", mesh=None, offload: bool = False, seconds: dict | None = None,
+    ):  # fmt: skip
+        self.config, self.traits, self.geometry = about.raw, about.traits, about.traits.geometry
+        self.scheduler = about.family.scheduler(about.raw["scheduler"])
+        self._schedulers = about.family.schedulers
+        denoisers = [modules[name] for name in about.family.denoisers if name in modules]
+        self.runtime = Runtime(
+            denoisers, modules["vae"], modules["text_encoder"], tokenizer, about.traits, options=options,
+            dtype=jnp.dtype(dtype), mesh=mesh, sharding=about.family.sharding, offload=offload,
+        )  # fmt: skip
         # stage -> seconds it took, of the latest call; of loading before the first one
         self.seconds: dict[str, float] = seconds or {}
-        self._tokenizer, self._vocabulary = tokenizer, text_encoder.config.vocab_size
-        self._mesh, self._adaln_lora = mesh, adaln_lora
-        self._transformer, self._vae, self._text_encoder = map(nnx.split, (transformer, vae, text_encoder))
 
     @no_type_check
     def __call__(
@@ -105,7 +78,11 @@ class Pipeline:
         step_noise=None,
         output: str = "video",
         *,
+        image=None,
+        image_latents=None,
+        guidance_2: float | None = None,
         scheduler: str | None = None,
+        flow_shift: float | None = None,
         dynamic_guidance: bool = False,
         reference_fit: str = "crop",
         tiling: bool = False,
@@ -119,14 +96,20 @@ class Pipeline:
             several as a list or as [k, h, w, 3]; every video of the batch sees all of them.
           negative_prompt: what to steer away from; one text, or one per prompt; None is "".
           height, width, num_frames: in pixels and frames. Where absent: as `latents` have them, else the model's own.
-            num_frames is 1 + a multiple of 8 (of 4 compressed in time). Of 5, 13, 21, ... the VAE makes 8, 16, 24, ...,
-            as diffusers has it, and a warning tells so.
-          steps, guidance: 50 and 6.0 where absent. Guidance of 1 or less runs the model once per step instead of twice.
+            num_frames is 1 + a multiple of the frames that the VAE compresses into one (4). CogVideoX makes 8, 16, ...
+            of 5, 13, ..., as diffusers has it, and a warning tells so.
+          steps, guidance: the model's own where absent. Guidance of 1 or less runs the model once per step, not twice.
           seed: decides the initial noise, the draw of the reference's latents and the solver's noise.
-          latents: [b, t', h', w', c], the initial noise instead of a drawn one.
+          latents: [b, t', h', w', c], the initial noise instead of a drawn one. CogVideoX 1.5 wants, and returns, an
+            even number of latent frames; the first of one too many is dropped before decoding.
           reference_latents: [b, k, h', w', c] or [k, h', w', c] instead of `reference`, in the transformer's scale.
           step_noise: [steps, b, t', h', w', c], what a stochastic solver adds in each step instead of drawing it.
-          scheduler: "ddim" or "dpm" instead of the checkpoint's own.
+          image: the first frame, for image-to-video models; one picture, as `reference`, for all videos or a list of one
+            per prompt; cut to the video's shape.
+          image_latents: [b, 1, h', w', c] instead of `image`, in the scale the model wants of it.
+          guidance_2: of the second expert, where there are two; absent: `guidance` if that is given, else the model's.
+          scheduler: a solver instead of the checkpoint's own: "ddim" or "dpm" (CogVideoX), "unipc" or "euler" (Wan).
+          flow_shift: Wan: shift of the noise levels instead of the scheduler file's.
           dynamic_guidance: CogVideoX's cosine law over the steps instead of a constant scale.
           reference_fit: "crop" fills the frame and cuts what overhangs, "pad" shows the whole picture on white.
           tiling: decode (and encode) in overlapping tiles: less memory, slightly different pixels.
@@ -137,34 +120,41 @@ class Pipeline:
         """
         check_choice(output, "output", OUTPUTS)
         request = check_request(
-            self.geometry,
+            self.traits,
             prompt=prompt,
             negative_prompt=negative_prompt,
             size=(num_frames, height, width),
             steps=steps,
             guidance=guidance,
+            guidance_2=guidance_2,
             seed=seed,
             train_timesteps=self.scheduler.num_train_timesteps,
             latents=latents,
         )
         if output == "video":
             self._tell_length(request.num_frames)
-        solver = make_solver(self._scheduler(scheduler), request.steps)
+        solver = make_solver(self._scheduler(scheduler, flow_shift), request.steps)
+        scales, first_low = self._scales(request, solver, dynamic_guidance)
         tiles, bars = self._tiles(tiling), Progress(shown=progress)
-        with self._on_mesh():
+        with self.runtime.on_mesh():
             start, noise = self._noise(request, latents, step_noise)
             pictures = self._references(
                 request, reference, reference_latents, fit=reference_fit, tiles=tiles, bars=bars
             )
-            text = self._prompts(request, bars)
-            scales = dynamic_scale(request.guidance, solver.timesteps) if dynamic_guidance else request.guidance
-            scales = np.broadcast_to(np.asarray(scales, np.float32), (request.steps,))
-            result = self._denoise_all(request, solver, start, text, pictures, scales, noise, bars)
+            first_frame = self._first_frame(request, image, image_latents, tiles=tiles, bars=bars)
+            conditions = (*self._prompts(request, bars), pictures, first_frame)
+            result = self.runtime.denoise(
+                solver, start, conditions, scales=scales, key=_keys(request.seed)[2], step_noise=noise,
+                first_low=first_low, bars=bars,
+            )  # fmt: skip
+            if first_frame is not None and self.traits.clamps_image:
+                result = jnp.concatenate([first_frame.astype(result.dtype), result[:, 1:]], axis=1)
             if not jnp.isfinite(result).all():
                 advice = "lower the guidance, check the adapter, or use float32"
                 raise UserError(f"the denoised latents hold NaN or infinite values; {advice}")
             if output == "video":
-                result = self._decode(result * (1 / self.scaling_factor), tiles=tiles, bars=bars)
+                own = result[:, start.shape[1] - self._latent_frames(request) :]
+                result = self.runtime.decode(self.traits.latents.to_vae(own), tiling=tiles, bars=bars)
                 result = np.clip(np.asarray(result, np.float32) / 2 + 0.5, 0, 1)
         self.seconds = bars.seconds
         return np.asarray(result, np.float32)
@@ -176,35 +166,38 @@ class Pipeline:
         text_embeddings: Float[Array, "b s d"],
         timesteps: Int[Array, " b"] | Float[Array, " b"],
         reference_latents: Float[Array, "b k h w c"] | None = None,
+        *,
+        image_latents: Float[Array, "b 1 h w c"] | None = None,
+        expert: int = 0,
     ) -> Float[Array, "b t h w c"]:
         """One call of the transformer: its raw prediction. Latents are in the transformer's scale.
 
-        Raises UserError for shapes that do not fit the model or each other.
+        `expert` is 0 or 1 where there are two, the high-noise one first. Raises UserError for shapes that do not fit
+        the model or each other.
         """
-        g = self.geometry
+        g, put = self.geometry, self.runtime.put
         check_array(latents, "latents", ["b", "t", "h", "w", g.channels])
-        batch, _, height, width, _ = np.shape(latents)
-        if height % g.patch or width % g.patch:
-            raise UserError(f"latents have shape {tuple(np.shape(latents))}; height and width must divide by {g.patch}")
-        check_array(text_embeddings, "text_embeddings", [batch, "s", self.text_width])
+        batch, frames, height, width, _ = np.shape(latents)
+        if height % g.patch or width % g.patch or frames % g.frame_patch:
+            rule = f"height and width must divide by {g.patch}" + (f", t by {g.frame_patch}" * (g.frame_patch > 1))
+            raise UserError(f"latents have shape {tuple(np.shape(latents))}; {rule}")
+        check_array(text_embeddings, "text_embeddings", [batch, "s", self.traits.text_width])
         if np.shape(timesteps) != (batch,):
             raise UserError(f"timesteps has shape {np.shape(timesteps)}; expected [{batch}], one per example")
         check_array(timesteps, "timesteps", [batch])
         if reference_latents is not None:
             check_array(reference_latents, "reference_latents", [batch, "k", height, width, g.channels])
-            reference_latents = self._put(reference_latents)
-        graph, state = self._transformer
-        with self._on_mesh():
-            return programs.PREDICT(
-                state,
-                self._put(latents),
-                self._put(text_embeddings),
-                jax.device_put(jnp.asarray(timesteps), self._replicated),
-                reference_latents,
-                graph=graph,
-                adaln_lora=self._adaln_lora,
-                stage="denoising",
-                progress=Progress(shown=False),
+            reference_latents = put(reference_latents)
+        if image_latents is not None:
+            self._check_takes_image()
+            check_array(image_latents, "image_latents", [batch, 1, height, width, g.channels])
+            image_latents = put(image_latents)
+        if expert not in range(len(self.runtime.denoisers)):
+            raise UserError(f"expert is {expert!r}; this model has {len(self.runtime.denoisers)}, counted from 0")
+        times = jax.device_put(jnp.asarray(timesteps), self.runtime.replicated)
+        with self.runtime.on_mesh():
+            return self.runtime.predict(
+                expert, put(latents), put(text_embeddings), times, reference_latents, image_latents
             )
 
     @no_type_check
@@ -215,24 +208,26 @@ class Pipeline:
         """
         check_video_size(np.shape(video), self.geometry)
         check_array(video, "video", ["b", "t", "h", "w", 3])
-        with self._on_mesh():
-            return self._encode(self._put(video), tiles=self._tiles(tiling), bars=Progress(shown=False))
+        with self.runtime.on_mesh():
+            return self.runtime.encode(self.runtime.put(video), tiling=self._tiles(tiling), bars=Progress(shown=False))
 
     @no_type_check
     def decode(self, latents: Float[Array, "b t h w c"], *, tiling: bool = False) -> Float[Array, "b t h w 3"]:
-        """Video in [-1, 1] (not clipped) from latents in the VAE's scale, as the mean that `encode` returns.
+        """Video in [-1, 1] (CogVideoX: not clipped) from latents in the VAE's scale, as the mean that `encode` returns.
 
-        For latents in the transformer's scale: `pipe.decode(latents / pipe.scaling_factor)`.
+        For latents in the transformer's scale: `pipe.decode(pipe.traits.latents.to_vae(latents))`.
         """
         check_array(latents, "latents", ["b", "t", "h", "w", self.geometry.channels])
-        with self._on_mesh():
-            return self._decode(self._put(latents), tiles=self._tiles(tiling), bars=Progress(shown=False))
+        with self.runtime.on_mesh():
+            return self.runtime.decode(
+                self.runtime.put(latents), tiling=self._tiles(tiling), bars=Progress(shown=False)
+            )
 
     @no_type_check
     def encode_prompt(self, prompts: Sequence[str]) -> Float[Array, "b s d"]:
-        """Text embeddings, padded to the model's text length; padding is attended to, as CogVideoX was trained."""
-        with self._on_mesh():
-            return self._encode_prompt(prompts, Progress(shown=False))
+        """Text embeddings, padded to the model's text length; CogVideoX attends to padding, Wan's padding is zero."""
+        with self.runtime.on_mesh():
+            return self.runtime.embed(prompts, Progress(shown=False))
 
     # MARK: stages of a call
 
@@ -244,8 +239,31 @@ class Pipeline:
                 asked, made, below, below + self.geometry.period,
             )  # fmt: skip
 
+    def _scheduler(self, name: str | None, flow_shift: float | None):
+        config = self.scheduler
+        if name is not None:
+            known = self._schedulers
+            config = dataclasses.replace(config, class_name=known[check_choice(name, "scheduler", tuple(known))])
+        return config if flow_shift is None else with_flow_shift(config, flow_shift)
+
+    def _scales(self, request: Request, solver, dynamic: bool) -> tuple[np.ndarray, int]:
+        """(guidance of each step, the second expert's first step)."""
+        if self.traits.boundary is not None:
+            boundary = self.traits.boundary * self.scheduler.num_train_timesteps
+            scales, first_low = two_expert_scales(request.guidance, request.second_guidance, solver.timesteps, boundary)
+        else:
+            scales, first_low = request.guidance, request.steps
+        if dynamic:
+            if "dpm" not in self._schedulers:
+                raise UserError("dynamic_guidance is CogVideoX's; this is another family, leave it away")
+            scales = dynamic_scale(request.guidance, solver.timesteps)
+        return np.broadcast_to(np.asarray(scales, np.float32), (request.steps,)), first_low
+
+    def _latent_frames(self, request: Request) -> int:
+        return self.geometry.latent_shape(request.num_frames, request.height, request.width)[0]
+
     def _references(
-        self, request: Request, reference, reference_latents, *, fit: str, tiles: Tiling | None, bars: Progress
+        self, request: Request, reference, reference_latents, *, fit: str, tiles, bars: Progress
     ) -> Array | None:
         """[b, k, h', w', c] in the transformer's scale, or None."""
         batch, (_, *shape) = len(request.prompts), self.geometry.latent_shape(1, request.height, request.width)
@@ -254,103 +272,68 @@ class Pipeline:
         if reference_latents is not None:
             lead = ["k"] if np.ndim(reference_latents) == 4 else [batch, "k"]
             check_array(reference_latents, "reference_latents", [*lead, *shape])
-            given = self._put(reference_latents)
+            given = self.runtime.put(reference_latents)
             return jnp.broadcast_to(given, (batch, *given.shape[-4:]))
         if reference is None:
             return None
-        pictures = [read_image(picture) for picture in _pictures(reference)]
+        pictures = [read_image(picture) for picture in _pictures(reference, "reference")]
+        mean, logvar = self._encode_pictures(pictures, request, fit=fit, tiles=tiles, bars=bars)
+        drawn = self.traits.latents.draw(mean, logvar, _keys(request.seed)[1])
+        return jnp.broadcast_to(drawn.astype(self.runtime.dtype)[None, :, 0], (batch, len(pictures), *shape))
+
+    def _first_frame(self, request: Request, image, image_latents, *, tiles, bars: Progress) -> Array | None:
+        """[b, 1, h', w', c] in the scale that the model wants of it, or None."""
+        batch, shape = len(request.prompts), self.geometry.latent_shape(1, request.height, request.width)
+        if image is None and image_latents is None:
+            return None
+        self._check_takes_image()
+        if image is not None and image_latents is not None:
+            raise UserError("image and image_latents are both given; give one of them")
+        if image_latents is not None:
+            check_array(image_latents, "image_latents", [batch, *shape])
+            return self.runtime.put(image_latents)
+        pictures = [read_image(picture) for picture in _pictures(image, "image")]
+        if len(pictures) not in (1, batch):
+            raise UserError(f"image holds {len(pictures)} pictures for {batch} prompts; give one, or one per prompt")
+        mean, logvar = self._encode_pictures(pictures, request, fit="crop", tiles=tiles, bars=bars)
+        drawn = self.traits.image_latents.draw(mean, logvar, _keys(request.seed)[3])
+        return jnp.broadcast_to(drawn.astype(self.runtime.dtype), (batch, *shape))
+
+    def _encode_pictures(self, pictures: list, request: Request, *, fit: str, tiles, bars: Progress):
         frames = np.stack([fit_image(p, height=request.height, width=request.width, fit=fit) for p in pictures])
-        mean, logvar = self._encode(self._put(frames[:, None]), tiles=tiles, bars=bars)
-        drawn = sample_latents(mean, logvar, self.scaling_factor, _keys(request.seed)[1])
-        return jnp.broadcast_to(drawn.astype(self.dtype)[None, :, 0], (batch, len(pictures), *shape))
+        return self.runtime.encode(self.runtime.put(frames[:, None]), tiling=tiles, bars=bars)
+
+    def _check_takes_image(self) -> None:
+        if self.traits.image_latents is None:
+            raise UserError(
+                "image: this is no image-to-video model (CogVideoX-5b-I2V, CogVideoX1.5-5B-I2V and Wan2.2-TI2V-5B are); "
+                "leave it away, or give a picture of the subject as reference"
+            )
 
     def _noise(self, request: Request, latents, step_noise) -> tuple[Array, Array | None]:
-        """(initial latents, noise per step or None) in the pipeline's dtype."""
-        shape = (len(request.prompts), *self.geometry.latent_shape(request.num_frames, request.height, request.width))
+        """(initial latents in the pipeline's dtype, noise per step or None)."""
+        frames, *rest = self.geometry.latent_shape(request.num_frames, request.height, request.width)
+        shape = (len(request.prompts), frames + self.geometry.surplus(frames), *rest)
         if step_noise is not None:
             check_array(step_noise, "step_noise", [request.steps, *shape])
-            step_noise = jax.device_put(jnp.asarray(step_noise, jnp.float32), self._replicated)
+            step_noise = self.runtime.exactly(step_noise)
         if latents is None:
-            return self._put(jax.random.normal(_keys(request.seed)[0], shape, jnp.float32)), step_noise
+            return self.runtime.put(jax.random.normal(_keys(request.seed)[0], shape, jnp.float32)), step_noise
         check_array(latents, "latents", shape)
-        return self._put(latents), step_noise
+        return self.runtime.put(latents), step_noise
 
     def _prompts(self, request: Request, bars: Progress) -> tuple[Array, Array | None]:
         """(embeddings, embeddings of the negative prompts or None without guidance)."""
         count = len(request.prompts)
-        both = self._encode_prompt(request.prompts + (request.negatives if request.guided else []), bars)
+        both = self.runtime.embed(request.prompts + (request.negatives if request.guided else []), bars)
         return both[:count], both[count:] if request.guided else None
 
-    def _denoise_all(self, request, solver, start, text, pictures, scales, noise, bars: Progress) -> Array:
-        graph, state = self._transformer
-        conditions, negative = text
-        arguments = (
-            state,
-            start,
-            conditions,
-            negative,
-            pictures,
-            jax.device_put(jnp.asarray(scales), self._replicated),
-            jax.device_put(_keys(request.seed)[2], self._replicated),
-            noise,
-        )
-        static = {"graph": graph, "solver": solver, "adaln_lora": self._adaln_lora}
-        run = programs.SAMPLE.compiled(*arguments, progress=bars, **static)
-        with bars.stage("denoising", total=request.steps) as advance, programs.reporting_to(advance):
-            result = jax.block_until_ready(run(*arguments))
-            jax.effects_barrier()  # the last reports may still be on their way
-        return result
-
-    def _encode_prompt(self, prompts, bars: Progress) -> Array:
-        ids, _ = self._tokenizer.tokenize(prompts, max_length=self.text_length)
-        if (most := ids.max()) >= self._vocabulary:
-            raise UserError(f"tokenizer: token {most} of {self._vocabulary} in the text encoder; use its own tokenizer")
-        graph, state = self._text_encoder
-        return programs.TEXT(
-            state,
-            jax.device_put(jnp.asarray(ids), self._replicated),
-            graph=graph,
-            stage="encoding prompt",
-            progress=bars,
-        )
-
-    def _encode(self, video: Array, *, tiles: Tiling | None, bars: Progress) -> tuple[Array, Array]:
-        graph, state = self._vae
-        return programs.ENCODE(state, video, graph=graph, tiling=tiles, stage="encoding picture", progress=bars)
-
-    def _decode(self, latents: Array, *, tiles: Tiling | None, bars: Progress) -> Array:
-        graph, state = self._vae
-        return programs.DECODE(state, latents, graph=graph, tiling=tiles, stage="decoding", progress=bars)
-
-    def _tiles(self, wanted: bool) -> Tiling | None:
+    def _tiles(self, wanted: bool):
         """The VAE's tiles, if they are wanted. Raises UserError where their seams would not meet."""
         if not wanted:
             return None
-        scale, tiling = self.geometry.spatial, self._tiling
-        for size, latents, overlap in zip(tiling.sample_tile, tiling.latent_tile(scale), tiling.overlap, strict=True):
-            if int(latents * (1 - overlap)) * scale != size - int(size * overlap):
-                tile = "x".join(map(str, reversed(tiling.sample_tile)))
-                raise UserError(
-                    f"tiling: this VAE's tiles of {tile} pixels do not overlap in whole latents; leave tiling off"
-                )
-        return tiling
-
-    def _scheduler(self, name: str | None):
-        if name is None:
-            return self.scheduler
-        return dataclasses.replace(
-            self.scheduler, class_name=SCHEDULERS[check_choice(name, "scheduler", tuple(SCHEDULERS))]
-        )
-
-    @property
-    def _replicated(self):
-        return None if self._mesh is None else jax.NamedSharding(self._mesh, jax.P())
-
-    def _put(self, array) -> Array:
-        return jax.device_put(jnp.asarray(array, self.dtype), self._replicated)
-
-    def _on_mesh(self):
-        return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+        self.runtime.vae_tiling.check(self.geometry.spatial)
+        return self.runtime.vae_tiling
 
 
 # MARK: loading
@@ -365,23 +348,28 @@ def load_pipeline(
     mesh=None,
     *,
     adapter_adaln: str | None = None,
+    adapter_2: str | os.PathLike | None = None,
+    offload: bool = False,
     progress: bool = True,
 ) -> Pipeline:
     """The model in `path`, a converted folder or a diffusers pipeline folder, ready to be called.
 
     Args:
-      adapter: a LoRA: a folder that training left, or a .safetensors file of diffusers or PEFT.
+      adapter: a LoRA: a folder that training left, or a .safetensors file of diffusers, PEFT, ComfyUI or kohya.
       adapter_alpha: for files that do not say; absent means alpha = rank.
-      adapter_adaln: which tokens an adapter of the adaLN linears acts on, "all" or "reference" (the reference's only);
-        absent: as the adapter says, "all" where it says nothing, which is how paper A's released runs were trained.
+      adapter_adaln: CogVideoX: which tokens an adapter of the adaLN linears acts on, "all" or "reference" (the
+        reference's only); absent: as the adapter says, "all" where it says nothing, which is how paper A's released
+        runs were trained.
+      adapter_2: a LoRA for the second expert of a model of two (Wan2.2-T2V-A14B), whose first gets `adapter`.
       dtype: of weights and computation, "float32" or "bfloat16".
       mesh: where to spread the weights, with the axes that the family's sharding table names; None is one device.
+      offload: keep denoisers in host memory and only the one at work on the device: for models of two experts.
 
     Raises:
       UserError: one line, for anything that is wrong with the folder, the adapter or how the two fit.
     """
     check_choice(dtype, "dtype", DTYPES)
-    for name, value in (("path", path), ("adapter", adapter)):
+    for name, value in (("path", path), ("adapter", adapter), ("adapter_2", adapter_2)):
         if not isinstance(value, (str, os.PathLike)) and (name == "path" or value is not None):
             raise UserError(f"{name} is of type {type(value).__name__}; expected a path")
     if adapter_alpha is not None and not isinstance(adapter_alpha, numbers.Real):
@@ -389,45 +377,42 @@ def load_pipeline(
     if mesh is not None and not isinstance(mesh, jax.sharding.Mesh):
         raise UserError(f"mesh is of type {type(mesh).__name__}; expected a jax.sharding.Mesh")
     for name, value in (("adapter_alpha", adapter_alpha), ("adapter_adaln", adapter_adaln)):
-        if adapter is None and value is not None:
+        if adapter is None and adapter_2 is None and value is not None:
             raise UserError(f"{name} is given without an adapter; give both, or neither")
     if adapter_adaln is not None:
         check_choice(adapter_adaln, "adapter_adaln", STREAMS)
     bars = Progress(shown=progress)
-    config = model_folder.read_config(path)
-    file = None if adapter is None else adapter_files.find_file(adapter)  # missed before gigabytes are read
-    with bars.stage("loading model", total=len(COMPONENTS)) as advance:
+    about = model_folder.about(path)
+    files = _adapters(about, adapter, adapter_2)
+    with bars.stage("loading model", total=len(about.configs)) as advance:
         tokenizer, parts = Tokenizer(pathlib.Path(path) / "tokenizer"), {}
-        for name in COMPONENTS:
+        for name in about.configs:
             parts[name] = model_folder.load_component(path, name, dtype, mesh)
+            if offload and name in about.family.denoisers:  # before the next one is read
+                nnx.update(parts[name], jax.device_get(nnx.state(parts[name])))
             advance()
-    adaln_lora = "all"
-    if file is not None:
+    adaln, reference = adapter_adaln or "all", None
+    for name, file in files.items():
         with bars.stage("loading adapter"):
-            stated = adapter_files.load(parts["transformer"], file, alpha=adapter_alpha).adaln_lora
-            adaln_lora = adapter_adaln or stated
-            _replicate_adapter(parts["transformer"], mesh)
+            info = adapter_files.load(parts[name], file, alpha=adapter_alpha)
+            adaln, reference = adapter_adaln or info.adaln_lora, info.reference or reference
+            _replicate_adapter(parts[name], mesh)
+    options = about.family.options(adaln, reference)
     return Pipeline(
-        **parts,
-        tokenizer=tokenizer,
-        scheduler=SchedulerConfig.from_dict(config["scheduler"]),
-        config=config,
-        adaln_lora=adaln_lora,
-        dtype=dtype,
-        mesh=mesh,
-        seconds=bars.seconds,
+        about, parts, tokenizer, options=options, dtype=dtype, mesh=mesh, offload=offload, seconds=bars.seconds
     )
 
 
-def read_limits(path: str | os.PathLike) -> tuple[Geometry, SchedulerConfig]:
-    """What the model in `path` can make, and its solver's settings, from its json files: for checks before loading."""
-    config = model_folder.read_config(path)
-    family = model_folder.family_of(config, pathlib.Path(path))
-    transformer, vae = (
-        parse_component(family, name, config["config"][name], pathlib.Path(path) / name)
-        for name in ("transformer", "vae")
-    )
-    return Geometry.of(transformer, vae), SchedulerConfig.from_dict(config["scheduler"])
+def _adapters(about: About, *given) -> dict[str, pathlib.Path]:
+    """Which file belongs to which denoiser; a missing file is told before gigabytes are read."""
+    found = {}
+    for name, path in zip(("transformer", "transformer_2"), given, strict=True):
+        if path is None:
+            continue
+        if name not in about.configs:
+            raise UserError("adapter_2 is for the second expert, and this model has one; give it as adapter")
+        found[name] = adapter_files.find_file(path)
+    return found
 
 
 def _replicate_adapter(transformer: nnx.Module, mesh) -> None:
@@ -436,15 +421,15 @@ def _replicate_adapter(transformer: nnx.Module, mesh) -> None:
         nnx.update(transformer, jax.device_put(state, jax.NamedSharding(mesh, jax.P())))
 
 
-def _pictures(reference) -> list:
+def _pictures(given, name: str) -> list:
     """One entry per picture: a list as it is, an array [k, h, w, c] taken apart, anything else alone."""
-    if isinstance(reference, (list, tuple)):
-        if not reference:
-            raise UserError("reference is an empty list; give at least one picture, or none at all")
-        return list(reference)
-    return list(reference) if getattr(reference, "ndim", None) == 4 else [reference]
+    if isinstance(given, (list, tuple)):
+        if not given:
+            raise UserError(f"{name} is an empty list; give at least one picture, or none at all")
+        return list(given)
+    return list(given) if getattr(given, "ndim", None) == 4 else [given]
 
 
-def _keys(seed: int) -> tuple[Array, Array, Array]:
-    """Independent keys for the initial noise, the reference's latents and the solver."""
-    return tuple(jax.random.fold_in(jax.random.key(seed), use) for use in range(3))
+def _keys(seed: int) -> tuple[Array, Array, Array, Array]:
+    """Independent keys for the initial noise, the reference's latents, the solver and the first frame's latents."""
+    return tuple(jax.random.fold_in(jax.random.key(seed), use) for use in range(4))

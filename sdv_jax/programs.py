@@ -10,7 +10,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from sdv_jax.diffusion import classifier_free, conditional, sample
+from sdv_jax.diffusion import classifier_free, conditional, run
+from sdv_jax.models.text.encode import encode
 from sdv_jax.progress import Progress
 
 
@@ -45,26 +46,38 @@ class Program:
 # MARK: what runs
 
 
-def _predict(state, latents, text, timesteps, reference, *, graph, adaln_lora):
-    return nnx.merge(graph, state)(latents, text, timesteps, reference=reference, adaln_lora=adaln_lora)
+def _predict(state, latents, text, timesteps, reference, image, *, graph, options):
+    call = nnx.merge(graph, state)
+    given = {} if image is None else {"image": image}  # a family that takes no image need not know the word
+    return call(latents, text, timesteps, reference=reference, **given, **dict(options))
 
 
-def _sample(state, latents, text, negative, reference, scales, key, step_noise, *, graph, solver, adaln_lora):
+def _sample(state, memory, latents, text, negative, reference, image, scales, key, step_noise, *, graph, solver, options,
+            begin, end):  # fmt: skip
+    """Steps begin..end-1: (what the solver remembers, latents)."""
+
     def predict(x, timesteps, conditions):
-        text, reference = conditions
-        return _predict(state, x, text, timesteps, reference, graph=graph, adaln_lora=adaln_lora)
+        text, reference, image = conditions
+        return _predict(state, x, text, timesteps, reference, image, graph=graph, options=options)
 
-    conditions = text, reference
-    # The subject is in both halves: guidance strengthens the text alone.
+    conditions = text, reference, image
+    # Subject and first frame are in both halves: guidance strengthens the text alone.
     denoise = (
         conditional(predict, conditions)
         if negative is None
-        else classifier_free(predict, conditions, negative=(negative, reference))
+        else classifier_free(predict, conditions, negative=(negative, reference, image))
     )
-    return sample(denoise, solver, latents, guidance=scales, key=key, step_noise=step_noise, progress=_report)
+    carry = (solver.init(latents) if begin == 0 else memory), latents
+    return run(
+        denoise, solver, carry, begin=begin, end=end, guidance=scales, key=key, step_noise=step_noise, progress=_report
+    )
 
 
-TEXT = Program(lambda state, ids, *, graph: nnx.merge(graph, state)(ids), name="text encoder", static=("graph",))
+def _text(state, ids, *, graph, masked):
+    return encode(nnx.merge(graph, state), ids, masked=masked)
+
+
+TEXT = Program(_text, name="text encoder", static=("graph", "masked"))
 ENCODE = Program(
     lambda state, video, *, graph, tiling: nnx.merge(graph, state).encode(video, tiling=tiling),
     name="encoder",
@@ -75,8 +88,8 @@ DECODE = Program(
     name="decoder",
     static=("graph", "tiling"),
 )
-PREDICT = Program(_predict, name="transformer", static=("graph", "adaln_lora"))
-SAMPLE = Program(_sample, name="denoiser", static=("graph", "solver", "adaln_lora"))
+PREDICT = Program(_predict, name="transformer", static=("graph", "options"))
+SAMPLE = Program(_sample, name="denoiser", static=("graph", "solver", "options", "begin", "end"))
 
 # The compiled loop reports to whoever stands here: a callback is part of its program, and must not change.
 _listeners: list[Callable[[], None]] = []

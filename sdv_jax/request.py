@@ -9,65 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdv_jax.errors import UserError
+from sdv_jax.models.contract import Geometry, Traits
 
-STEPS, GUIDANCE = 50, 6.0  # the defaults of diffusers' CogVideoXPipeline
 OUTPUTS = ("video", "latents")
 DTYPES = ("float32", "bfloat16")
-SCHEDULERS = {"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 _SEEDS = 2**32
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What sizes a model makes: its defaults in pixels and frames, and what they must divide by.
-
-    spatial, temporal: pixels per latent cell, frames per latent frame; patch: latent cells per token side.
-    """
-
-    height: int
-    width: int
-    num_frames: int
-    spatial: int
-    temporal: int
-    patch: int
-    channels: int
-
-    @classmethod
-    def of(cls, transformer, vae) -> "Geometry":
-        """From a TransformerConfig and a VAEConfig, with the defaults that diffusers' pipeline takes from them."""
-        spatial = 2 ** (len(vae.block_out_channels) - 1)
-        return cls(
-            height=transformer.sample_height * spatial,
-            width=transformer.sample_width * spatial,
-            num_frames=transformer.sample_frames,
-            spatial=spatial,
-            temporal=int(vae.temporal_compression_ratio),
-            patch=transformer.patch_size,
-            channels=transformer.in_channels,
-        )
-
-    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """[t, h, w, c] of the latents of a video of that size."""
-        return (num_frames - 1) // self.temporal + 1, height // self.spatial, width // self.spatial, self.channels
-
-    @property
-    def period(self) -> int:
-        """The VAE makes 1 + a multiple of this many frames exactly: see `decoded_frames`."""
-        return 1 if self.temporal == 1 else 2 * self.temporal
-
-    def decoded_frames(self, num_frames: int) -> int:
-        """How many frames come out of the decoder for the latents of `num_frames`.
-
-        diffusers' CogVideoX VAE, and so ours, knows the lone first frame by an odd number of latent frames; of an
-        even number every latent frame, the first too, becomes `temporal` frames.
-        """
-        latents = (num_frames - 1) // self.temporal + 1
-        return latents * self.temporal if latents % 2 == 0 else num_frames
-
-    def pixel_sizes(self, latents: tuple[int, ...]) -> tuple[int, int, int]:
-        """(frames, height, width) of the video that latents [..., t, h, w, c] decode to."""
-        t, h, w = latents[-4:-1]
-        return (t - 1) * self.temporal + 1, h * self.spatial, w * self.spatial
 
 
 @dataclass(frozen=True)
@@ -81,6 +27,7 @@ class Request:
     width: int
     steps: int
     guidance: float
+    second_guidance: float
     seed: int
 
     @property
@@ -90,7 +37,7 @@ class Request:
 
 
 def check_request(
-    geometry: Geometry,
+    traits: Traits,
     *,
     prompt,
     negative_prompt,
@@ -99,6 +46,7 @@ def check_request(
     guidance,
     seed,
     train_timesteps: int,
+    guidance_2=None,
     latents=None,
 ) -> Request:
     """The checked request. `size` is (num_frames, height, width); None is "as `latents` have it, else the model's own".
@@ -117,18 +65,25 @@ def check_request(
         raise UserError(
             f"negative_prompt has {len(negatives)} texts for {len(prompts)} prompts; give one, or one per prompt"
         )
+    geometry = traits.geometry
     own = geometry.num_frames, geometry.height, geometry.width
     if latents is not None and len(_shape(latents, "latents")) == 5:
         own = geometry.pixel_sizes(np.shape(latents))
     num_frames, height, width = (own[i] if value is None else value for i, value in enumerate(size))
+    if guidance_2 is not None and traits.boundary is None:
+        raise UserError("guidance_2 is for models of two experts, and this one has one; leave it away")
+    first = _guidance(traits.guidance if guidance is None else guidance)
+    # Whoever sets the first guidance means both; diffusers has it so.
+    own_second = first if guidance is not None or traits.second_guidance is None else traits.second_guidance
     return Request(
         prompts=prompts,
         negatives=negatives,
         num_frames=_frames(num_frames, geometry.temporal, advised=geometry.period),
         height=_side(height, "height", geometry),
         width=_side(width, "width", geometry),
-        steps=_steps(STEPS if steps is None else steps, train_timesteps),
-        guidance=_guidance(GUIDANCE if guidance is None else guidance),
+        steps=_steps(traits.steps if steps is None else steps, train_timesteps),
+        guidance=first,
+        second_guidance=_guidance(own_second if guidance_2 is None else guidance_2),
         seed=_seed(seed),
     )
 

@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sdv_jax.adapters.reference import sample_latents
 from sdv_jax.checkpoints import model_folder
 from sdv_jax.data.latents import LatentDataset
 from sdv_jax.data.video import write_contact_sheet
-from sdv_jax.diffusion import SchedulerConfig
 from sdv_jax.errors import UserError
 from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.objectives.denoising import Denoiser
@@ -52,34 +50,34 @@ class Sheets:
             raise UserError(
                 "config key 'train.sample_every': samples need the VAE of model.path, which is empty; give that, or 0"
             )
-        self.config, about = config, model_folder.read_config(path)
+        self.config, self.about = config, model_folder.about(path)
         rows = data.get("motion") or next(iter(data.values()))
         moments = [
             jnp.asarray(getattr(rows, name)[:ROWS, :1], jnp.float32) for name in ("reference_mean", "reference_logvar")
         ]
-        self.references = np.asarray(sample_latents(*moments, rows.scaling_factor, jax.random.key(0)))
+        self.references = np.asarray(rows.scale.draw(*moments, jax.random.key(0)))
         self.captions, self.latent_shape = list(rows.captions[:ROWS]), rows.mean.shape[1:]
         self.parts = {name: model_folder.load_component(path, name) for name in ("vae", "text_encoder")}
-        self.about, self.tokenizer = about, Tokenizer(Path(path) / "tokenizer")
+        self.tokenizer = Tokenizer(Path(path) / "tokenizer")
 
     def __call__(self, model: Denoiser, steps: int, folder: Path) -> None:
         """Writes folder/step_NNNNNN.png."""
         parts = self.parts | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
-        pipe = Pipeline(
-            transformer=model.transformer, tokenizer=self.tokenizer,
-            scheduler=SchedulerConfig.from_dict(self.about["scheduler"]), config=self.about,
-            adaln_lora=self.config.lora.adaln, **parts,
-        )  # fmt: skip
+        base = setup.about(self.config)
+        options = base.family.options(self.config.lora.adaln, setup.reference_placement(self.config))
+        parts |= {base.family.denoiser: model.transformer}
+        pipe = Pipeline(self.about, parts, self.tokenizer, options=options)
         subject = self.config.train.objective == "subject"
         references = self.references if subject else None
         frames, height, width = pipe.geometry.pixel_sizes(self.latent_shape)
         videos = pipe(
             self.captions, reference_latents=references, num_frames=frames, height=height, width=width, steps=STEPS,
-            guidance=self.config.sample.guidance, seed=0, progress=False,
+            guidance=self.config.sample.guidance or None, seed=0, progress=False,
         )  # fmt: skip
         shown = [list(video) for video in videos]
         if subject:
-            pictures = np.clip(np.asarray(pipe.decode(self.references / pipe.scaling_factor)) / 2 + 0.5, 0, 1)
+            pictures = pipe.decode(pipe.traits.latents.to_vae(jnp.asarray(self.references)))
+            pictures = np.clip(np.asarray(pictures) / 2 + 0.5, 0, 1)
             shown = [[picture[0], *video] for picture, video in zip(pictures, shown, strict=True)]
         folder.mkdir(parents=True, exist_ok=True)
         write_contact_sheet(folder / f"step_{steps:06d}.png", [[_bytes(frame) for frame in row] for row in shown])

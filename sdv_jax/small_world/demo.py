@@ -14,6 +14,7 @@ from sdv_jax.checkpoints.convert import convert
 from sdv_jax.data.video import to_uint8, write_contact_sheet, write_video
 from sdv_jax.errors import UserError
 from sdv_jax.pipeline import Pipeline, load_pipeline
+from sdv_jax.request import check_choice
 from sdv_jax.small_world.captions import caption
 from sdv_jax.small_world.pool import Trials, trials
 from sdv_jax.small_world.score import compare, table
@@ -21,12 +22,28 @@ from sdv_jax.small_world.world import World
 from sdv_jax.train import config as configs
 
 ROOT = Path(__file__).parents[2]
-BASE = ROOT / "models" / "small-world-cogvideox"
-STARTED = (
-    ROOT / "models" / "small-world-subject"
-)  # checkpoint of the same run, from which the demo does the last stretch
-CONFIG = ROOT / "configs" / "small_world_cogvideox.py"
 SHOWN, ENLARGED = 8, 6  # rows of the sheet and number of videos written; factor by which pictures are enlarged
+
+
+@dataclasses.dataclass(frozen=True)
+class Shipped:
+    """What a family's demo starts from: its base, the adapter's config, and a checkpoint of that run near its end."""
+
+    base: Path
+    config: Path
+    started: Path
+
+
+SHIPPED = {
+    "cogvideox": Shipped(
+        ROOT / "models" / "small-world-cogvideox", ROOT / "configs" / "small_world_cogvideox.py",
+        ROOT / "models" / "small-world-subject",
+    ),
+    "wan": Shipped(
+        ROOT / "models" / "small-world-wan", ROOT / "configs" / "small_world_wan.py",
+        ROOT / "models" / "small-world-wan-subject",
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,20 +57,22 @@ class Sampling:
     seed: int = 0
 
 
-def run(workdir: str | Path, *, sampling: Sampling = Sampling()) -> dict[str, float]:
+def run(workdir: str | Path, family: str = "cogvideox", *, sampling: Sampling = Sampling()) -> dict[str, float]:
     """Leaves everything under `workdir`, prints where, and returns the verdicts of `score.compare`.
 
-    Raises UserError when the shipped model is not there, or `workdir` cannot be used.
+    Raises UserError when there is no such family, the shipped model is not there, or `workdir` cannot be used.
     """
     workdir, began = Path(workdir), time.perf_counter()
-    if not BASE.is_dir():
+    shipped = SHIPPED[check_choice(family, "family", tuple(SHIPPED))]
+    if not shipped.base.is_dir():
         raise UserError(
-            f"demo: {BASE} is missing; run the demo from a checkout of the repository, installed with pip install -e ."
+            f"demo: {shipped.base} is missing; run the demo from a checkout of the repository, installed with "
+            "pip install -e ."
         )
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / "model").is_dir():
-        convert(BASE, workdir / "model")
-    adapter = _train(workdir)
+        convert(shipped.base, workdir / "model")
+    adapter = _train(workdir, shipped)
     results = workdir / "results"
     results.mkdir(exist_ok=True)
     trial = trials(World(), sampling.pool_seed, sampling.subjects)
@@ -73,13 +92,13 @@ def run(workdir: str | Path, *, sampling: Sampling = Sampling()) -> dict[str, fl
     return verdicts
 
 
-def _train(workdir: Path) -> Path:
+def _train(workdir: Path, shipped: Shipped) -> Path:
     """The adapter of the full run; where a started run is shipped, only its last stretch is trained here."""
     run = workdir / "train"
-    config = configs.load(CONFIG, {"model.path": str(workdir / "model")})
-    if STARTED.is_dir() and not run.exists():
+    config = configs.load(shipped.config, {"model.path": str(workdir / "model")})
+    if shipped.started.is_dir() and not run.exists():
         # renamed into place, so that an interrupted copy is never taken for a run
-        shutil.copytree(STARTED, workdir / "train.copying", dirs_exist_ok=True)
+        shutil.copytree(shipped.started, workdir / "train.copying", dirs_exist_ok=True)
         (workdir / "train.copying").rename(run)
         done = max(int(folder.name) for folder in (run / "checkpoints").iterdir() if folder.name.isdigit())
         print(f"Training resumes a shipped checkpoint of this same run at step {done} of {config.train.steps}: "
@@ -97,8 +116,8 @@ def sample(model: Path, adapter: Path, trial: Trials, sampling: Sampling) -> dic
     base = pipe([caption(scene, marked=False) for scene in trial.scenes], **options)
     pipe = load_pipeline(model, adapter=adapter)
     mean, _ = pipe.encode(_centred(trial.reference[:, None]))
-    references = np.asarray(mean) * pipe.scaling_factor
-    adapted = pipe(trial.captions, reference_latents=references[:, :, :], **options)
+    references = np.asarray(pipe.traits.latents.to_model(mean))
+    adapted = pipe(trial.captions, reference_latents=references, **options)
     wrong = pipe(trial.captions, reference_latents=np.roll(references, -1, axis=0), **options)
     return {"base": base, "adapted": adapted, "wrong": wrong, "truth": truth}
 
@@ -150,7 +169,7 @@ def plot_losses(metrics: Path, out: Path) -> None:
         smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
         axes.plot(steps[window - 1 :], smooth, label=task)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (v), mean of 50 steps")
+    axes.set_ylabel("loss, mean of 50 steps")
     axes.legend()
     figure.tight_layout()
     figure.savefig(out, dpi=120)
