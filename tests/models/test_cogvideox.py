@@ -13,13 +13,25 @@ import pytest
 from flax import nnx
 
 from sdv_jax.adapters import lora
-from sdv_jax.checkpoints.families import COGVIDEOX, rules_of
+from sdv_jax.checkpoints.engine import leaf_shapes, leaves_of, problems_between
+from sdv_jax.checkpoints.families import families, rules_of
 from sdv_jax.errors import UserError
 from sdv_jax.models import cogvideox
+from sdv_jax.models.cogvideox import rules
 from sdv_jax.models.cogvideox.transformer import TransformerConfig
+from sdv_jax.sharding import spec_of
+from tests import published
 from tests.tiny_transformer import CONFIG, inputs, make, run
 
-PARAMETERS = {"CogVideoX-2b": 1_693_783_872, "CogVideoX-5b": 5_570_283_072}  # of the published safetensors
+POSITIONS = 17_776 * 3_072  # a buffer in torch, learned positions here
+PARAMETERS = {  # of the published safetensors; of diffusers' model, where that is all there is to go by (1.5-I2V)
+    "CogVideoX-2b": 1_693_783_872,
+    "CogVideoX-5b": 5_570_283_072,
+    "CogVideoX-5b-I2V": 5_570_479_680 + POSITIONS,
+    "CogVideoX1.5-5B": 5_570_676_352,
+    "CogVideoX1.5-5B-I2V": 5_571_594_880,
+}
+SHAPES = dict.fromkeys(PARAMETERS, (13, 60, 90)) | {name: (22, 96, 170) for name in PARAMETERS if "1.5" in name}
 
 
 @pytest.mark.parametrize("name", cogvideox.VARIANTS)
@@ -34,12 +46,29 @@ def test_variant_has_the_published_size_and_runs_abstractly(name):
         return jax.ShapeDtypeStruct(size, dtype)
 
     c = config.transformer
-    size = (1, c.latent_frames, c.sample_height, c.sample_width, c.in_channels)
+    size = (1, *SHAPES[name], c.latent_channels)
+    assert SHAPES[name] == (c.latent_frames + -c.latent_frames % c.patch[0], c.sample_height, c.sample_width)
     text, picture = shape(1, c.max_text_seq_length, c.text_embed_dim), shape(1, 1, *size[2:])
+    pictures = {"reference": picture} | ({"image": picture} if name.endswith("I2V") else {})
     out = nnx.eval_shape(
-        lambda m, *a, **k: m(*a, **k), model, shape(*size), text, shape(1, dtype=jnp.int32), reference=picture
+        lambda m, *a, **k: m(*a, **k), model, shape(*size), text, shape(1, dtype=jnp.int32), **pictures
     )
-    assert (out.shape, out.dtype) == ((1, 13, 60, 90, 16), jnp.bfloat16)
+    assert (out.shape, out.dtype) == ((1, *SHAPES[name], 16), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", sorted(set(published.CHECKPOINTS) & set(cogvideox.VARIANTS)))
+def test_variant_is_the_published_config_and_takes_the_published_tensors(name):
+    config = cogvideox.VARIANTS[name]
+    for component, own in (("transformer", config.transformer), ("vae", config.vae)):
+        raw = {key: value for key, value in published.config(name, component).items() if not key.startswith("_")}
+        assert type(own)(**raw) == own
+        assert set(raw) <= {field.name for field in dataclasses.fields(own)}
+    table = rules.of_transformer(config.transformer)
+    model = nnx.eval_shape(lambda: cogvideox.build(config, rngs=nnx.Rngs(0)))
+    leaves = leaves_of(leaf_shapes(nnx.state(model)), table)
+    assert not problems_between(leaves, published.tensors(name, "transformer"), table)
+    for leaf in leaves:
+        assert spec_of(leaf.path, cogvideox.SHARDING) is not None
 
 
 @pytest.mark.parametrize("name", cogvideox.VARIANTS)
@@ -57,17 +86,18 @@ def test_the_paper_targets_exist_in_every_variant(name):
 
 
 def test_the_family_is_registered_with_its_own_contract():
-    assert COGVIDEOX.variants is cogvideox.VARIANTS and COGVIDEOX.sharding is cogvideox.SHARDING
+    (family,) = (family for family in families() if family.name == "cogvideox")
+    assert family.variants is cogvideox.VARIANTS and family.sharding is cogvideox.SHARDING
     for name, config in cogvideox.VARIANTS.items():
-        assert COGVIDEOX.variant({part: getattr(config, part) for part in COGVIDEOX.components}) == name
+        assert family.variant({part: getattr(config, part) for part in family.components}) == name
     with pytest.raises(TypeError, match="Linear is not the transformer of a known family"):
         rules_of(nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
 
 
 REFUSED = {
-    "patch_size_t": (2, "patch_size_t = 2 is not supported, expected None"),  # CogVideoX 1.5
-    "ofs_embed_dim": (512, "ofs_embed_dim = 512 is not supported"),
-    "use_learned_positional_embeddings": (True, "use_learned_positional_embeddings = True is not supported"),  # 5B-I2V
+    "patch_size_t": (0, "patch_size_t = 0; expected a whole number >= 1"),
+    "ofs_embed_dim": (256, "ofs_embed_dim = 256; expected null or time_embed_dim, 512"),
+    "use_learned_positional_embeddings": ("yes", "use_learned_positional_embeddings = 'yes'; expected true or false"),
     "activation_fn": ("geglu", "activation_fn = 'geglu' is not supported"),
     "timestep_activation_fn": ("relu", "timestep_activation_fn = 'relu' is not supported"),
     "dropout": (0.1, "dropout = 0.1 is not supported"),
@@ -88,6 +118,30 @@ def test_configs_that_are_refused(key):
     with pytest.raises(UserError, match=f"^transformer config: {message}") as error:
         TransformerConfig(**{key: value}, use_rotary_positional_embeddings=True)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"patch_size_t": 2}, "patch_size_t = 2 needs use_rotary_positional_embeddings = true"),
+        (
+            {"use_learned_positional_embeddings": True},
+            "use_learned_positional_embeddings = True needs use_rotary_positional_embeddings = true",
+        ),
+        (
+            {
+                "use_learned_positional_embeddings": True,
+                "use_rotary_positional_embeddings": True,
+                "patch_size_t": 2,
+            },
+            "use_learned_positional_embeddings = true; expected false with a patch_size_t",
+        ),
+    ],
+)
+def test_combinations_that_are_refused(values, message):
+    """diffusers refuses the second when it builds the model, and the others' tables when it runs it."""
+    with pytest.raises(UserError, match=f"^transformer config: {message}$"):
+        TransformerConfig(**values)
 
 
 def test_widths_that_sincos_positions_cannot_have():

@@ -5,6 +5,10 @@ sequence is [text | reference | video] with full attention; the rotary table is 
 together, the reference first, text has none; in every adaLN the reference takes the video's (shift, scale, gate); it
 shares the timestep; it is dropped before the final norm. LoRA sits where PEFT's suffix matching puts it, either on
 every stream or, for the linears of the adaLNs, on the reference alone.
+
+What it does not say, since it knows neither image-to-video nor CogVideoX 1.5, is our choice: image channels of a
+reference are zero, a patch over several frames holds the reference in each of them, and learned positions give it those
+of the clip's first frame.
 """
 
 import copy
@@ -26,6 +30,13 @@ RANK, ALPHA = 5, 3.0
 FRAMES, HEIGHT, WIDTH = 3, 6, 10  # neither the trained grid nor its aspect ratio
 TOKENS = (HEIGHT // 2) * (WIDTH // 2)
 ROPE = {"use_rotary_positional_embeddings": True}
+CONFIGS = {
+    "rotary": ROPE,
+    "sin-cos": {},
+    "5b-I2V": ROPE
+    | {"in_channels": 8, "use_learned_positional_embeddings": True, "sample_height": HEIGHT, "sample_width": WIDTH},
+    "1.5-I2V": ROPE | {"in_channels": 8, "patch_size_t": 2, "patch_bias": False, "ofs_embed_dim": 24},
+}
 
 
 # MARK: the independent computation
@@ -51,19 +62,28 @@ class Peer:
         return y + ALPHA / RANK * low
 
     @torch.no_grad()
-    def __call__(self, latents, text, timesteps, reference=None, index=None):
+    def __call__(self, latents, text, timesteps, reference=None, index=None, *, image=None):
         """[b, t, h, w, c] from numpy inputs; `index` [b, r] are the reference tokens that stay."""
         latents, text = torch.from_numpy(latents), torch.from_numpy(text)
-        count = 0 if reference is None else reference.shape[1]
-        frames = latents if reference is None else torch.cat([torch.from_numpy(reference), latents], dim=1)
+        c, (frames, height, width) = self.model.config, latents.shape[1:4]
+        span = c.patch_size_t or 1
+        video = self.patches(self.with_image(latents, image))
+        pictures, count = video[:, :0], 0
+        if reference is not None:
+            count = reference.shape[1]
+            shown = torch.from_numpy(reference).repeat_interleave(span, dim=1)
+            pictures = self.patches(self.with_image(shown, None))
         words = self.apply("patch_embed.text_proj", text)
-        pixels = torch.cat([self.patches(frames[:, i]) for i in range(frames.shape[1])], dim=1)
-        table = self.table(frames.shape[1], *latents.shape[2:4])
         cut = count * TOKENS
-        pictures, video = pixels[:, :cut], pixels[:, cut:]
+        table = rotary(self.model, frames + count * span, height, width)
         if table is None:
-            positions = self.absolute(frames.shape[1], *latents.shape[2:4])
+            positions = self.absolute(frames + count, height, width)
             pictures, video = pictures + positions[:cut], video + positions[cut:]
+        if c.use_learned_positional_embeddings:
+            told = self.model.patch_embed.pos_embedding[0].float()  # until loaded, diffusers has it as float64
+            words, video = words + told[: text.shape[1]], video + told[text.shape[1] :]
+            first = told[text.shape[1] : text.shape[1] + TOKENS]
+            pictures = (pictures.unflatten(1, (count, TOKENS)) + first).flatten(1, 2) if count else pictures
         picture_table = None if table is None else [part[:cut].expand(len(latents), -1, -1) for part in table]
         if index is not None:
             rows = torch.from_numpy(index)
@@ -76,16 +96,29 @@ class Peer:
             video_table = [part[cut:].expand(len(latents), -1, -1) for part in table]
             joined = [torch.cat(parts, dim=1) for parts in zip(picture_table, video_table, strict=True)]
         time = self.model.time_embedding(self.model.time_proj(torch.as_tensor(timesteps)))
+        if c.ofs_embed_dim is not None:
+            time = time + self.model.ofs_embedding(self.model.ofs_proj(torch.tensor([2.0])))
         streams = [words, pictures, video]
         for i in range(len(self.model.transformer_blocks)):
             streams = self.block(f"transformer_blocks.{i}", streams, time, joined)
         return self.out(streams[2], time, latents.shape)
 
-    def patches(self, image):
-        return self.apply("patch_embed.proj", image.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+    def with_image(self, frames, image):
+        """The frames, and on further channels, where the model has them, the image in the first and nothing behind."""
+        if self.model.config.in_channels == frames.shape[-1]:
+            return frames
+        given = torch.zeros_like(frames)
+        if image is not None:
+            given[:, 0] = torch.from_numpy(image)[:, 0]
+        return torch.cat([frames, given], dim=-1)
 
-    def table(self, frames, height, width):
-        return rotary(self.model, frames, height, width)
+    def patches(self, frames):
+        frames = frames.permute(0, 1, 4, 2, 3)
+        if self.model.config.patch_size_t is None:
+            each = [self.apply("patch_embed.proj", frames[:, i]).flatten(2) for i in range(frames.shape[1])]
+            return torch.cat(each, dim=2).transpose(1, 2)
+        cells = frames.unfold(1, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2)  # [b, t, c, h, w, and frame, row, column inside]
+        return self.apply("patch_embed.proj", cells.permute(0, 1, 3, 4, 2, 5, 6, 7).flatten(4).flatten(1, 3))
 
     def absolute(self, frames, height, width):
         c = self.model.config
@@ -131,9 +164,10 @@ class Peer:
 
     def out(self, video, time, shape):
         x = self.model.proj_out(self.model.norm_out(self.model.norm_final(video), temb=time))
-        b, t, h, w, _ = shape
-        x = x.reshape(b, t, h // 2, w // 2, -1, 2, 2)  # channel, then row and column inside the patch
-        return x.permute(0, 1, 2, 5, 3, 6, 4).reshape(b, t, h, w, -1).numpy()
+        b, t, h, w, c = shape
+        span = self.model.config.patch_size_t or 1
+        x = x.reshape(b, t // span, h // 2, w // 2, c, span, 2, 2)  # channel, then frame, row, column inside the patch
+        return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, t, h, w, c).numpy()
 
 
 def turned(x, cos, sin):
@@ -159,7 +193,7 @@ def random_adapter(model, seed=0) -> dict[str, tuple[torch.Tensor, torch.Tensor]
 # MARK: the comparisons
 
 
-@pytest.fixture(scope="module", params=[ROPE, {}], ids=["rotary", "sin-cos"])
+@pytest.fixture(scope="module", params=CONFIGS.values(), ids=CONFIGS)
 def pair(request, tmp_path_factory):
     """(diffusers' model, the adapter, our model with that adapter, loaded from a file without alpha)."""
     theirs, ours = transformer_pair(**request.param)
@@ -176,28 +210,33 @@ def pair(request, tmp_path_factory):
 
 
 def given(ours, references, seed=0):
-    return inputs(ours.config, frames=FRAMES, height=HEIGHT, width=WIDTH, references=references, seed=seed)
+    frames = FRAMES + FRAMES % (ours.config.patch_size_t or 1)
+    return inputs(ours.config, frames=frames, height=HEIGHT, width=WIDTH, references=references, seed=seed)
+
+
+def picture(ours):
+    """{"image": a first frame's latent} for a model that takes one."""
+    latent = np.random.default_rng(9).standard_normal((2, 1, HEIGHT, WIDTH, 4)).astype(np.float32)
+    return {"image": latent} if ours.config.takes_image else {}
 
 
 def test_the_computation_above_is_diffusers_where_there_is_no_reference(pair):
     theirs, _, ours = pair
-    latents, text, timesteps = given(ours, 0)
-    assert_close(
-        Peer(theirs, {}, "all")(latents, text, timesteps), run_theirs(theirs, latents, text, timesteps), relative=1e-5
-    )
+    arrays, image = given(ours, 0), picture(ours)
+    assert_close(Peer(theirs, {}, "all")(*arrays, **image), run_theirs(theirs, *arrays, **image), relative=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["all", "reference"])
 @pytest.mark.parametrize("references", [1, 3])
 def test_references(pair, references, mode):
     theirs, adapter, ours = pair
-    arrays = given(ours, references)
-    found = run_ours(ours, *arrays, adaln_lora=mode)
-    assert_close(found, Peer(theirs, adapter, mode)(*arrays))
+    arrays, image = given(ours, references), picture(ours)
+    found = run_ours(ours, *arrays, **image, adaln_lora=mode)
+    assert_close(found, Peer(theirs, adapter, mode)(*arrays, **image))
     # What is compared depends on all of it.
     for other in (Peer(theirs, {}, mode), Peer(theirs, adapter, "reference" if mode == "all" else "all")):
-        assert relative_error(found, other(*arrays)) > 0.01
-    assert relative_error(found, Peer(theirs, adapter, mode)(*arrays[:3])) > 0.01
+        assert relative_error(found, other(*arrays, **image)) > 0.01
+    assert relative_error(found, Peer(theirs, adapter, mode)(*arrays[:3], **image)) > 0.01
 
 
 @pytest.mark.parametrize("mode", ["all", "reference"])

@@ -3,12 +3,13 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
 from flax import nnx
 
 from sdv_jax.checkpoints.engine import leaf_shapes, leaves_of, match
@@ -31,9 +32,14 @@ def transformer_pair(seed: int = 0, **config) -> tuple[CogVideoXTransformer3DMod
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Every parameter random: fresh norms and biases would hide mistakes, and so would nearly uniform attention."""
+    """Every parameter random: fresh norms and biases would hide mistakes, and so would nearly uniform attention.
+
+    Learned positions are random too, those of the text included; sin-cos ones are no weights and stay.
+    """
     torch.manual_seed(seed)
     with torch.no_grad():
+        if "patch_embed.pos_embedding" in model.state_dict():
+            model.patch_embed.pos_embedding.normal_(std=0.5)
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=parameter[0].numel() ** -0.5)
@@ -74,19 +80,24 @@ class _InMemory(Tensor):
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "adaln_lora"))
-def _run(state, latents, text, timesteps, reference, index, *, graph, adaln_lora):
+def _run(state, latents, text, timesteps, reference, index, image, *, graph, adaln_lora):
     model = nnx.merge(graph, state)
-    return model(latents, text, timesteps, reference=reference, reference_index=index, adaln_lora=adaln_lora)
+    return model(
+        latents, text, timesteps, reference=reference, reference_index=index, image=image, adaln_lora=adaln_lora
+    )
 
 
 def run_ours(
-    model: Transformer, latents, text, timesteps, reference=None, index=None, *, adaln_lora="all", dtype=jnp.float32
-) -> np.ndarray:
+    model: Transformer, latents, text, timesteps, reference=None, index=None, *, image=None, adaln_lora="all",
+    dtype=jnp.float32,
+) -> np.ndarray:  # fmt: skip
     """One jitted call on numpy inputs [b, t, h, w, c]; the result as float32."""
     graph, state = nnx.split(model)
-    latents, text, reference = (None if x is None else jnp.asarray(x, dtype) for x in (latents, text, reference))
-    index = None if index is None else jnp.asarray(index)
-    out = _run(state, latents, text, jnp.asarray(timesteps), reference, index, graph=graph, adaln_lora=adaln_lora)
+    latents, text, reference, image = (
+        None if x is None else jnp.asarray(x, dtype) for x in (latents, text, reference, image)
+    )
+    index, timesteps = None if index is None else jnp.asarray(index), jnp.asarray(timesteps)
+    out = _run(state, latents, text, timesteps, reference, index, image, graph=graph, adaln_lora=adaln_lora)
     assert out.dtype == dtype
     return np.asarray(out, np.float32)
 
@@ -94,7 +105,7 @@ def run_ours(
 def inputs(config, *, frames: int, height: int, width: int, batch: int = 2, references: int = 0, seed: int = 0):
     """Random (latents, text, timesteps), and reference latents if there are any, as numpy; `frames` are latent ones."""
     rng = np.random.default_rng(seed)
-    c = config.in_channels
+    c = config.latent_channels
     latents = rng.standard_normal((batch, frames, height, width, c)).astype(np.float32)
     text = rng.standard_normal((batch, config.max_text_seq_length, config.text_embed_dim)).astype(np.float32)
     timesteps = rng.integers(0, 1000, batch)
@@ -105,23 +116,27 @@ def inputs(config, *, frames: int, height: int, width: int, batch: int = 2, refe
 
 def rotary(theirs: CogVideoXTransformer3DModel, frames: int, height: int, width: int):
     """The table (cos, sin) that diffusers' pipeline hands its transformer for latents of that size, or None."""
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-
-    c = theirs.config
-    if not c.use_rotary_positional_embeddings:
+    if not theirs.config.use_rotary_positional_embeddings:
         return None
-    grid = height // c.patch_size, width // c.patch_size
-    crop = get_resize_crop_region_for_grid(grid, c.sample_width // c.patch_size, c.sample_height // c.patch_size)
-    return get_3d_rotary_pos_embed(
-        embed_dim=c.attention_head_dim, crops_coords=crop, grid_size=grid, temporal_size=frames
-    )
+    pipeline = SimpleNamespace(transformer=theirs, vae_scale_factor_spatial=1)
+    return CogVideoXPipeline._prepare_rotary_positional_embeddings(pipeline, height, width, frames, "cpu")
 
 
-def run_theirs(model: CogVideoXTransformer3DModel, latents, text, timesteps) -> np.ndarray:
-    """diffusers' own forward pass on the same inputs, in the model's dtype; the result [b, t, h, w, c] as float32."""
+def run_theirs(model: CogVideoXTransformer3DModel, latents, text, timesteps, *, image=None) -> np.ndarray:
+    """diffusers' own forward pass on the same inputs, in the model's dtype; the result [b, t, h, w, c] as float32.
+
+    A model with channels for an image gets them as diffusers' image-to-video pipeline makes them, or zeros.
+    """
     latents, text = (torch.from_numpy(x).to(model.dtype) for x in (latents, text))
     table = rotary(model, *latents.shape[1:4])
+    if model.config.in_channels == 2 * model.config.out_channels:
+        given = torch.zeros_like(latents)
+        if image is not None:
+            given[:, :1] = torch.from_numpy(image).to(model.dtype)
+        latents = torch.cat([latents, given], dim=-1)
+    ofs = None if model.config.ofs_embed_dim is None else latents.new_full((1,), fill_value=2.0)
     with torch.no_grad():
-        out = model(latents.permute(0, 1, 4, 2, 3), text, torch.as_tensor(timesteps), image_rotary_emb=table).sample
+        out = model(
+            latents.permute(0, 1, 4, 2, 3), text, torch.as_tensor(timesteps), ofs=ofs, image_rotary_emb=table
+        ).sample
     return out.permute(0, 1, 3, 4, 2).float().numpy()
