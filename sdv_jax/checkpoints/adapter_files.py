@@ -156,10 +156,12 @@ def _published(contents: Contents, format: str) -> tuple[LayerNames, _Located]:
     """The layers by the names of the published model that has them all."""
     fits, least = {}, list(contents.modules)
     for names in LayerNames.of_published(contents.info.family):
+        if names.family in fits:
+            continue
         found, unknown = _locate(contents, names)
         least = min(least, unknown, key=len)
         if not unknown:
-            fits.setdefault(names.family, (names, found))
+            fits[names.family] = names, found
     if not fits:
         raise UserError(f"{contents.file}: adapts modules that no known model has: {listing(least)}")
     if len(fits) > 1 and format == "comfyui":

@@ -66,7 +66,7 @@ class LayerNames:
 
     def __init__(self, family: str, rules: Rules, original: ModuleType | None,
                  layers: Callable[[], Iterable[tuple[str, tuple[int, ...]]]]):
-        self.family, self.rules, self._original, self._layers = family, rules, original, layers
+        self.family, self.rules, self._original, self.layers = family, rules, original, layers
 
     @classmethod
     def of_model(cls, denoiser: nnx.Module) -> "LayerNames":
@@ -123,7 +123,7 @@ class LayerNames:
     def _flat(self) -> tuple[tuple[re.Pattern, str], ...]:
         """(pattern of the name with underscores for dots, path); the block is the pattern's group."""
         found = []
-        for path, shape in self._layers():
+        for path, shape in self.layers():
             name = self.published(path, _PROBE if len(shape) == 3 else None)
             for spelled in {name, self._original and self._original.original_name(name)} - {None}:
                 flat = re.escape(spelled.replace(".", "_")).replace(str(_PROBE), r"(\d+)")
