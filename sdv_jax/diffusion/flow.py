@@ -126,7 +126,7 @@ class FlowSchedulerConfig:
         self._check_kinds()
         if self.num_train_timesteps < 2:
             raise UserError(f"scheduler: num_train_timesteps must be at least 2, found {self.num_train_timesteps}")
-        _check_shift(self.flow_shift)
+        check_shift(self.flow_shift)
 
     def _check_kinds(self) -> None:
         for name in _INTEGERS:
@@ -182,7 +182,7 @@ def with_flow_shift(config: FlowSchedulerConfig, shift: float) -> FlowSchedulerC
     """The config with another shift. Raises UserError where the scheduler has none, or on a bad number."""
     if not isinstance(config, FlowSchedulerConfig):
         raise UserError(f"flow_shift: {config.class_name} has no shift; flow schedulers: {', '.join(CLASS_NAMES)}")
-    _check_shift(shift)
+    check_shift(shift)
     return dataclasses.replace(config, flow_shift=shift)
 
 
@@ -261,7 +261,8 @@ class FlowSchedule:
         return timesteps.reshape(-1, *[1] * (ndim - 1)).astype(jnp.float32) / self.config.num_train_timesteps
 
 
-def _check_shift(shift: float) -> None:
+def check_shift(shift: float) -> None:
+    """Raises UserError on what is not a positive number."""
     if not _is_number(shift) or shift <= 0:
         raise UserError(f"scheduler: flow_shift must be a positive number, found {shift!r}")
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sdv_jax.diffusion.flow import FlowSchedule, shifted
+from sdv_jax.diffusion.flow import FlowSchedule, check_shift, shifted
 from sdv_jax.diffusion.schedules import Schedule
 from sdv_jax.errors import UserError
 from sdv_jax.typing import Array, Float, Int, Key
@@ -36,8 +36,7 @@ def draw_timesteps(
     count = schedule.config.num_train_timesteps
     if isinstance(schedule, FlowSchedule):
         shift = schedule.config.flow_shift if shift is None else shift
-        if not shift > 0:
-            raise UserError(f"timesteps: shift must be positive, found {shift!r}")
+        check_shift(shift)
         return count * shifted(_levels(key, batch, law, logit_mean, logit_std), shift)
     if shift is not None:
         raise UserError(f"timesteps: {schedule.config.class_name} has no shift, found {shift!r}; leave it out")

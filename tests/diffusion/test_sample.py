@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 
 from sdv_jax.diffusion import (
+    FlowSchedulerConfig,
     SchedulerConfig,
     classifier_free,
     conditional,
     dynamic_scale,
     make_solver,
+    run,
     sample,
+    two_expert_scales,
     uses_guidance,
 )
+from sdv_jax.diffusion.classes import SOLVERS
 from sdv_jax.diffusion.schedules import CLASS_NAMES
 from sdv_jax.errors import UserError
 
@@ -28,6 +32,8 @@ WEIGHTS = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32)
 
 
 def _solver(class_name, steps=STEPS):
+    if class_name not in CLASS_NAMES:
+        return make_solver(FlowSchedulerConfig(class_name, flow_shift=3.0), steps)
     return make_solver(dataclasses.replace(CONFIG, class_name=class_name), steps)
 
 
@@ -47,7 +53,7 @@ def _noise():
 POSITIVE, NEGATIVE = jnp.array([0.3, -0.4]), jnp.zeros(2)
 
 
-@pytest.mark.parametrize("class_name", CLASS_NAMES)
+@pytest.mark.parametrize("class_name", SOLVERS)
 def test_scan_equals_a_python_loop_and_jit_equals_eager(class_name):
     solver, noise = _solver(class_name), _noise()
     scales = dynamic_scale(6.0, solver.timesteps)
@@ -55,13 +61,13 @@ def test_scan_equals_a_python_loop_and_jit_equals_eager(class_name):
     x = _latents()
     state = solver.init(x)
     for i, t in enumerate(solver.timesteps):
-        state, x = solver.step(state, denoise(x, jnp.full(2, int(t)), scales[i]), x, i, noise[i])
+        state, x = solver.step(state, denoise(x, jnp.full(2, t), scales[i]), x, i, noise[i])
 
-    def run(x, noise):
+    def whole(x, noise):
         return sample(denoise, solver, x, guidance=scales, step_noise=noise)
 
-    np.testing.assert_allclose(run(_latents(), noise), x, atol=1e-5)
-    np.testing.assert_allclose(jax.jit(run)(_latents(), noise), x, atol=1e-5)
+    np.testing.assert_allclose(whole(_latents(), noise), x, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(whole)(_latents(), noise), x, atol=1e-5)
 
 
 def test_the_loop_is_one_scan():
@@ -128,13 +134,13 @@ def test_step_noise_wins_over_the_key_and_ddim_reads_neither():
 def test_equal_shapes_compile_once():
     traces = []
 
-    def run(x, condition, scale, key, *, solver):
+    def generate(x, condition, scale, key, *, solver):
         traces.append(1)
         return sample(conditional(_predict, condition), solver, x, guidance=scale, key=key)
 
-    run = jax.jit(run, static_argnames="solver")
+    generate = jax.jit(generate, static_argnames="solver")
     for seed in range(3):
-        run(_latents(seed), POSITIVE, 1.0 + seed, jax.random.key(seed), solver=_solver("CogVideoXDPMScheduler"))
+        generate(_latents(seed), POSITIVE, 1.0 + seed, jax.random.key(seed), solver=_solver("CogVideoXDPMScheduler"))
     assert len(traces) == 1
 
 
@@ -152,6 +158,53 @@ def test_progress_reports_every_step():
     run(_latents()).block_until_ready()
     jax.effects_barrier()
     assert sorted(seen) == [(i + 1, STEPS) for i in range(STEPS)]
+
+
+@pytest.mark.parametrize("source", ["key", "step_noise"])
+@pytest.mark.parametrize("class_name", SOLVERS)
+def test_phases_are_the_whole(class_name, source):
+    """Cut anywhere, even at the ends: memory, scales, timesteps and noise go on over the boundary."""
+    solver, denoise = _solver(class_name), classifier_free(_predict, POSITIVE, negative=NEGATIVE)
+    noise = {"key": {"key": jax.random.key(5)}, "step_noise": {"step_noise": _noise()}}[source]
+    scales = np.linspace(1, 7, STEPS)
+    whole = sample(denoise, solver, _latents(), guidance=scales, **noise)
+    for cuts in ((0, 2, 5), (0, 1, 4, 5), (0, 0, 5, 5)):
+        carry = solver.init(_latents()), _latents()
+        for begin, end in zip(cuts, cuts[1:], strict=False):
+            carry = run(denoise, solver, carry, begin=begin, end=end, guidance=scales, **noise)
+        np.testing.assert_allclose(carry[1], whole, atol=1e-5)
+
+
+def test_an_empty_phase_returns_the_carry():
+    solver, x = _solver("UniPCMultistepScheduler"), _latents()
+    state, same = run(conditional(_predict, POSITIVE), solver, (solver.init(x), x), begin=3, end=3, guidance=1.0)
+    np.testing.assert_array_equal(same, x)
+    assert jax.tree.structure(state) == jax.tree.structure(solver.init(x))
+
+
+def test_a_phase_reports_absolute_progress():
+    seen, solver, x = [], _solver(CLASS_NAMES[0]), _latents()
+    run(
+        conditional(_predict, POSITIVE), solver, (solver.init(x), x), begin=2, end=4, guidance=1.0,
+        progress=lambda done, steps: seen.append((done, steps)),
+    )  # fmt: skip
+    jax.effects_barrier()
+    assert sorted(seen) == [(3, STEPS), (4, STEPS)]
+
+
+@pytest.mark.parametrize(("begin", "end"), [(-1, 2), (3, 2), (0, STEPS + 1)])
+def test_phase_out_of_range(begin, end):
+    solver, x = _solver(CLASS_NAMES[0]), _latents()
+    with pytest.raises(ValueError, match="0 <= begin <= end <= 5"):
+        run(conditional(_predict, POSITIVE), solver, (solver.init(x), x), begin=begin, end=end, guidance=1.0)
+
+
+def test_two_expert_scales_switch_below_the_boundary():
+    scales, first_low = two_expert_scales(4.0, 3.0, np.array([999, 900, 875, 874, 100]), 875)
+    assert scales.tolist() == [4, 4, 4, 3, 3] and scales.dtype == np.float32 and first_low == 3
+    assert two_expert_scales(4.0, 3.0, np.array([999.5, 1.5]), 0)[1] == 2
+    scales, first_low = two_expert_scales(4.0, 3.0, np.array([800, 1]), 900.0)
+    assert scales.tolist() == [3, 3] and first_low == 0
 
 
 def test_bfloat16_latents_stay_bfloat16():

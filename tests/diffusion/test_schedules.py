@@ -114,6 +114,14 @@ def test_zero_terminal_snr_is_exact():
     np.testing.assert_array_equal(SCHEDULE.velocity(x0, noise, last), -x0)
 
 
+def test_target_is_the_velocity_and_only_that():
+    x0, noise, t = _random(), _random(1), jnp.arange(1000)
+    np.testing.assert_array_equal(SCHEDULE.target(x0, noise, t), SCHEDULE.velocity(x0, noise, t))
+    schedule = Schedule(dataclasses.replace(SCHEDULE.config, prediction_type="epsilon"))
+    with pytest.raises(UserError, match="prediction_type epsilon cannot be trained, expected v_prediction"):
+        schedule.target(x0, noise, t)
+
+
 def test_velocity_gives_back_x0_at_every_timestep():
     x0, noise, t = _random(), _random(1), jnp.arange(1000)
     back = SCHEDULE.predict_x0(SCHEDULE.velocity(x0, noise, t), SCHEDULE.add_noise(x0, noise, t), t)
