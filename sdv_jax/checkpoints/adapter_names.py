@@ -97,7 +97,7 @@ class LayerNames:
                     return self.rules.from_torch_module_name(name)
             except KeyError:
                 pass
-        for pattern, path in self._flat:
+        for pattern, path in self._flat if "." not in module else ():
             if found := pattern.fullmatch(module):
                 return path, int(found[1]) if pattern.groups else None
         return None

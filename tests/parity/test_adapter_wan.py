@@ -113,6 +113,10 @@ def test_the_patch_embedding_is_the_convolution_that_it_is_there(theirs, ours, t
     adapter_files.save(ours, tmp_path)
     pipeline(theirs).load_lora_weights(tmp_path)
     assert_close(run_theirs(theirs), run_ours(ours), relative=1e-4)
+    # By its original name diffusers does not know it, and says so.
+    adapter_files.export(tmp_path, tmp_path / "comfyui.safetensors", format="comfyui")
+    with pytest.raises(ValueError):
+        pipeline(theirs).load_lora_weights(tmp_path, weight_name="comfyui.safetensors")
 
 
 @pytest.mark.parametrize("trained", [OUTSIDE], indirect=True, ids=[""])
