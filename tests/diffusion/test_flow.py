@@ -215,8 +215,7 @@ def test_target_gives_back_data_and_noise_at_every_level():
 
 
 def test_the_target_is_the_line_s_direction():
-    x0, noise = (np.asarray(_random(seed), np.float64) for seed in (0, 1))
-    t = jnp.full(6, 400.0)
+    x0, noise, t = _random(), _random(1), jnp.full(6, 400.0)
     change = SCHEDULE.add_noise(x0, noise, t + 125) - SCHEDULE.add_noise(x0, noise, t)
     np.testing.assert_allclose(change / 0.125, SCHEDULE.target(x0, noise, t), atol=1e-5)
 
