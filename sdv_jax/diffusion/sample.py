@@ -4,7 +4,7 @@
 arguments (network state, conditions) and calls `sample`, and keeps it, so that equal shapes compile once:
 
     @partial(jax.jit, static_argnames=("solver", "progress"))
-    def run(state, conditions, negative, latents, scale, key, *, solver, progress):
+    def generate(state, conditions, negative, latents, scale, key, *, solver, progress):
         predict = lambda x, t, text: nnx.merge(graph, state)(x, text, t)
         return sample(classifier_free(predict, conditions, negative=negative), solver, latents, guidance=scale, key=key,
                       progress=progress)
