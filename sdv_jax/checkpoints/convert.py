@@ -1,4 +1,4 @@
-"""From a diffusers pipeline folder to ours and back, one tensor at a time."""
+"""From a published model's folder to ours, and on to a diffusers pipeline, one tensor at a time."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from sdv_jax.checkpoints import arrays, diffusers_folder, model_folder
+from sdv_jax.checkpoints import arrays, diffusers_folder, model_folder, original_wan
 from sdv_jax.checkpoints.engine import Leaf, Source
 from sdv_jax.checkpoints.model_folder import MODEL_FILE, Stored, file_sum
 from sdv_jax.checkpoints.safetensors_io import CODES, DTYPES, SHARD_BYTES, Output, rows_of, write_folder, write_json
@@ -27,7 +27,9 @@ def convert(
     verify: bool = False,
     progress: bool = True,
 ) -> None:
-    """Converts the diffusers pipeline `src` (a folder or a Hugging Face id) into the new folder `dst`.
+    """Converts `src` into the new folder `dst`.
+
+    `src` is a diffusers pipeline or an original release of Wan, a folder of either kind or a Hugging Face id.
 
     Args:
       dtype: "float32" or "bfloat16"; absent, every tensor keeps the dtype it has.
@@ -44,12 +46,15 @@ def convert(
 
         verification.require_torch()
     folder = diffusers_folder.locate(src)
-    config = diffusers_folder.read_config(folder) | {"source": str(src)}
+    layout = original_wan if original_wan.recognises(folder) else diffusers_folder
+    if verify and layout is not diffusers_folder:
+        raise UserError(f"{src}: verify compares with diffusers, which reads pipelines only; convert without it")
+    config = layout.read_config(folder) | {"source": str(src)}
     family = model_folder.family_of(config, folder)
     sources, errors = {}, []
     for name in config["config"]:
         try:
-            sources[name] = diffusers_folder.open_component(folder, family, name, config["config"][name])
+            sources[name] = layout.open_component(folder, family, name, config["config"][name])
         except UserError as error:
             errors.append(str(error))
     diffusers_folder.raise_all(errors)
@@ -69,7 +74,7 @@ def convert(
             source.check_tied()
             with bars.stage(name, total=len(source.leaves)) as advance:
                 sums[name] = _write_arrays(partial / name, source, kinds[name], advance)
-        shutil.copytree(folder / "tokenizer", partial / "tokenizer")
+        shutil.copytree(layout.tokenizer(folder), partial / "tokenizer")
         write_json(partial / MODEL_FILE, _describe(config, sources, kinds, sums, partial / "tokenizer", cast=dtype))
         if verify:
             verification.verify(folder, partial)

@@ -16,7 +16,10 @@ from sdv_jax.models.text.tokenizer import check_vocabulary
 FORMAT_VERSION = 1
 DEFAULTS_FILE = "defaults.json"  # ours, and optional: the size and the steps that a model is meant to be sampled with
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("model_index.json", "defaults.json", "*/*.json", "*/*.safetensors", "tokenizer/*", "scheduler/*")
+_HUB_FILES = (
+    "model_index.json", "defaults.json", "*/*.json", "*/*.safetensors", "tokenizer/*", "scheduler/*",
+    "config.json", "*.safetensors", "*.safetensors.index.json", "*.pth", "google/*",  # Wan's original release
+)  # fmt: skip
 
 
 def locate(source: str | Path) -> Path:
@@ -65,7 +68,7 @@ def read_config(folder: Path) -> dict:
     raise_all(errors)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     check_scheduler(family, scheduler, folder / "scheduler" / "scheduler_config.json")
-    check_tokenizer(folder / "tokenizer")
+    check_tokenizer(tokenizer(folder))
     defaults = folder / DEFAULTS_FILE
     return {
         "format_version": FORMAT_VERSION,
@@ -89,6 +92,11 @@ def open_component(folder: Path, family: Family, name: str, raw: dict) -> Source
     return match(
         open_folder(folder / name), component.leaves(config), component.rules(config), where=str(folder / name)
     )
+
+
+def tokenizer(folder: Path) -> Path:
+    """Where the tokenizer's files lie."""
+    return folder / "tokenizer"
 
 
 def parse_component(family: Family, name: str, raw: dict, where: Path):
