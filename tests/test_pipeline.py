@@ -18,7 +18,8 @@ from sdv_jax.data.images import fit_image
 from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox.vae import Tiling
 from sdv_jax.pipeline import load_pipeline
-from sdv_jax.request import Geometry, check_request
+from sdv_jax.models.contract import Geometry, LatentScale, Traits
+from sdv_jax.request import check_request
 from tests.tiny_pipeline import save_pipeline
 
 STEPS = 2
@@ -83,7 +84,7 @@ def test_video_is_in_range_and_has_the_models_size(pipe):
     video = run(pipe, output="video")
     assert video.shape == (1, 9, 16, 24, 3) and video.dtype == np.float32
     assert video.min() >= 0 and video.max() <= 1 and video.std() > 0
-    decoded = pipe.decode(run(pipe) / pipe.scaling_factor)
+    decoded = pipe.decode(pipe.traits.latents.to_vae(run(pipe)))
     np.testing.assert_allclose(video, np.clip(np.asarray(decoded) / 2 + 0.5, 0, 1), atol=1e-6)
 
 
@@ -110,7 +111,7 @@ def test_models_of_one_architecture_share_programs(pipe, folder, compilations):
 def test_weights_are_arguments_of_the_program(pipe):
     """As constants they would be compiled in, and held twice."""
     run(pipe)
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(pipe._transformer[1]))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(pipe.runtime.denoisers[0][1]))
     for program in programs.SAMPLE._compiled.values():
         assert program.memory_analysis().argument_size_in_bytes >= weights
 
@@ -155,7 +156,7 @@ def test_a_reference_is_its_latents(pipe, picture):
     fitted = fit_image(picture, height=16, width=24)[None, None]
     mean, logvar = pipe.encode(fitted)
     key = jax.random.fold_in(jax.random.key(5), 1)
-    drawn = (mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)) * pipe.scaling_factor
+    drawn = (mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)) * pipe.traits.latents.scale[0]
     by_hand = run(pipe, reference_latents=np.asarray(drawn), seed=5)
     np.testing.assert_allclose(run(pipe, reference=picture, seed=5), by_hand, atol=1e-5)
     assert np.abs(by_hand - run(pipe, seed=5)).max() > 1e-4
@@ -282,15 +283,15 @@ def test_a_long_prompt_is_cut_with_a_note(pipe, caplog):
 
 @pytest.mark.parametrize("count", [1, 5, 9, 49])
 def test_latent_shape_and_pixel_sizes_are_inverse(count):
-    geometry = Geometry(height=480, width=720, num_frames=49, spatial=8, temporal=4, patch=2, channels=16)
+    geometry = Geometry(height=480, width=720, num_frames=49, spatial=8, temporal=4, patch=2, channels=16, period=8)
     shape = geometry.latent_shape(count, 480, 720)
     assert shape == ((count - 1) // 4 + 1, 60, 90, 16) and geometry.pixel_sizes((1, *shape)) == (count, 480, 720)
 
 
 def test_defaults_of_a_request():
-    geometry = Geometry(height=480, width=720, num_frames=49, spatial=8, temporal=4, patch=2, channels=16)
+    geometry = Geometry(height=480, width=720, num_frames=49, spatial=8, temporal=4, patch=2, channels=16, period=8)
     request = check_request(
-        geometry,
+        Traits(geometry, LatentScale.factor(1.0), text_length=226, text_width=4096, steps=50, guidance=6.0, fps=8.0),
         prompt="x",
         negative_prompt="",
         size=(None, None, None),
@@ -320,7 +321,7 @@ videos = []
 for mesh in (None, mesh):
     pipe = sdv_jax.load_pipeline({str(folder)!r}, mesh=mesh, progress=False)
     videos.append(pipe("a red ball", steps=2, guidance=2.0, output="latents", progress=False))
-spread = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(pipe._transformer[1])]
+spread = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(pipe.runtime.denoisers[0][1])]
 assert not all(spread), "nothing is spread"
 assert np.abs(videos[0] - videos[1]).max() < 1e-4, np.abs(videos[0] - videos[1]).max()
 """

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from sdv_jax.adapters import lora
-from sdv_jax.checkpoints.families import COGVIDEOX
+from sdv_jax.models.cogvideox.family import FAMILY as COGVIDEOX
 from sdv_jax.models.cogvideox import LORA_TARGETS, SHARDING, VARIANTS
 from sdv_jax.sharding import dotted, reshard, shardings, spec_of
 from tests.tiny_transformer import NAMES, make

@@ -5,8 +5,9 @@ brings.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -30,6 +31,16 @@ class Row:
     relative: float
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """One thing to compare: `call(our module, *inputs)` should be `expected`. Inputs may be None."""
+
+    part: str
+    call: Callable
+    inputs: tuple[np.ndarray | None, ...]
+    expected: np.ndarray
+
+
 def verify(
     src: str | os.PathLike, model: str | os.PathLike, *, tolerance: float = TOLERANCE, seed: int = 0
 ) -> list[Row]:
@@ -41,15 +52,17 @@ def verify(
     """
     require_torch()
     src, model = diffusers_folder.locate(src), Path(model)
-    config = model_folder.read_config(model)
+    about = model_folder.about(model)
+    peer = import_module(about.family.peer)
     rows = []
     print(f"{'component':<20} {'max error':>10} {'relative':>10}")
-    for name, compare in (("transformer", _transformer), ("vae", _vae), ("text_encoder", _text_encoder)):
-        theirs = _load_torch(src, name, config)
+    for name, config in about.configs.items():
+        theirs = _load_torch(src, name, about.raw)
         ours = model_folder.load_component(model, name, "float32")
-        for part, mine, other in compare(ours, theirs, np.random.default_rng(seed)):
-            rows.append(_row(part, mine, other))
-            print(f"{part:<20} {rows[-1].maximum:>10.2e} {rows[-1].relative:>10.2e}", flush=True)
+        for row in peer.comparisons(name, config, theirs, np.random.default_rng(seed)):
+            part = f"{row.part}, expert 2" if name == "transformer_2" else row.part
+            rows.append(_row(part, _run(ours, row.call, *row.inputs), row.expected))
+            print(f"{rows[-1].part:<20} {rows[-1].maximum:>10.2e} {rows[-1].relative:>10.2e}", flush=True)
         del theirs, ours
     if wrong := [row for row in rows if not row.relative <= tolerance]:  # NaN is wrong too
         found = ", ".join(f"{row.part} {row.relative:.1e}" for row in wrong)
@@ -85,60 +98,39 @@ def _load_torch(folder: Path, name: str, config: dict):
     return model.eval()
 
 
-def _run(module: nnx.Module, call, *inputs):
+def _run(module: nnx.Module, call: Callable, *inputs: np.ndarray | None) -> np.ndarray:
     graph, state = nnx.split(module)
-    return jax.tree.map(
-        np.asarray,
-        jax.jit(lambda state, *inputs: call(nnx.merge(graph, state), *inputs))(state, *map(jnp.asarray, inputs)),
-    )
+    arrays = jax.tree.map(jnp.asarray, inputs)
+    return np.asarray(jax.jit(lambda state, inputs: call(nnx.merge(graph, state), *inputs))(state, arrays))
 
 
-def _transformer(ours, theirs, rng) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    c, frames, height, width = ours.config, 2, 4 * ours.config.patch_size, 6 * ours.config.patch_size
-    latents = rng.standard_normal((1, frames, height, width, c.in_channels), np.float32)
-    text = rng.standard_normal((1, c.max_text_seq_length, c.text_embed_dim), np.float32)
-    steps = np.array([421], np.int32)
-    rotary = (
-        _rotary(c, frames, height // c.patch_size, width // c.patch_size)
-        if c.use_rotary_positional_embeddings
-        else None
-    )
-    other = theirs(
-        _torch(np.moveaxis(latents, -1, 2)), _torch(text), _torch(steps), image_rotary_emb=rotary, return_dict=False
-    )[0]
-    yield "transformer", _run(ours, lambda m, *x: m(*x), latents, text, steps), np.moveaxis(other.numpy(), 2, -1)
+# MARK: for the families' peers
 
 
-def _rotary(c, frames: int, height: int, width: int):
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
-
-    crop = get_resize_crop_region_for_grid(
-        (height, width), c.sample_width // c.patch_size, c.sample_height // c.patch_size
-    )
-    return get_3d_rotary_pos_embed(c.attention_head_dim, crop, (height, width), frames)
-
-
-def _vae(ours, theirs, rng) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    c, scale = ours.config, ours.config.spatial_compression
-    video = rng.uniform(-1, 1, (1, 9, 4 * scale, 6 * scale, c.in_channels)).astype(np.float32)
-    posterior = theirs.encode(_torch(np.moveaxis(video, -1, 1))).latent_dist
-    moments = np.concatenate([np.moveaxis(part.numpy(), 1, -1) for part in (posterior.mean, posterior.logvar)], -1)
-    yield "vae encode", np.concatenate(_run(ours, lambda m, x: m.encode(x), video), -1), moments
+def vae_comparisons(c, theirs, rng: np.random.Generator) -> list[Comparison]:
+    """Encoding 9 frames and decoding 3 latent frames; every VAE here has the same interface, there and here."""
+    scale = c.spatial_compression
+    video = rng.uniform(-1, 1, (1, 9, 4 * scale, 6 * scale, 3)).astype(np.float32)
+    posterior = theirs.encode(torch_of(np.moveaxis(video, -1, 1))).latent_dist
+    moments = np.concatenate([channels_last(part, 1) for part in (posterior.mean, posterior.logvar)], -1)
     latents = rng.standard_normal((1, 3, 4, 6, c.latent_channels), np.float32)
-    other = theirs.decode(_torch(np.moveaxis(latents, -1, 1)), return_dict=False)[0]
-    yield "vae decode", _run(ours, lambda m, x: m.decode(x), latents), np.moveaxis(other.numpy(), 1, -1)
+    decoded = theirs.decode(torch_of(np.moveaxis(latents, -1, 1)), return_dict=False)[0]
+    return [
+        Comparison("vae encode", lambda m, x: jnp.concatenate(m.encode(x), -1), (video,), moments),
+        Comparison("vae decode", lambda m, x: m.decode(x), (latents,), channels_last(decoded, 1)),
+    ]
 
 
-def _text_encoder(ours, theirs, rng) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    ids = rng.integers(0, ours.config.vocab_size, (1, 24)).astype(np.int32)
-    yield "text encoder", _run(ours, lambda m, x: m(x), ids), theirs(_torch(ids).long())[0].numpy()
-
-
-def _torch(array: np.ndarray):
+def torch_of(array: np.ndarray):
+    """The array as a torch tensor."""
     import torch
 
     return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def channels_last(tensor, axis: int) -> np.ndarray:
+    """A torch tensor as an array whose `axis`, the channels, is the last one."""
+    return np.moveaxis(tensor.numpy(), axis, -1)
 
 
 def _row(part: str, ours: np.ndarray, theirs: np.ndarray) -> Row:

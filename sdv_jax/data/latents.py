@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import json
 import math
-import numbers
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -178,15 +177,14 @@ def iterate(batches: StepBatches, start: int) -> Iterator[dict[str, dict[str, np
 def _scale(about: Mapping) -> LatentScale:
     """As written; the first prepared data hold CogVideoX's one factor."""
     if "scaling_factor" in about:
-        return LatentScale((0.0,), (about["scaling_factor"],))
+        return LatentScale.factor(about["scaling_factor"])
     found = about["scale"]
-    return LatentScale(tuple(found["shift"]), tuple(found["scale"]), found["sampled"])
+    return LatentScale(tuple(map(float, found["shift"])), tuple(map(float, found["scale"])), bool(found["sampled"]))
 
 
 def _check_scale(scale: LatentScale, channels: int) -> None:
     for name, values in (("shift", scale.shift), ("scale", scale.scale)):
-        numbers_ = all(isinstance(x, numbers.Real) and not isinstance(x, bool) and math.isfinite(x) for x in values)
-        if not numbers_ or len(values) not in (1, channels) or (name == "scale" and min(values) <= 0):
+        if not all(map(math.isfinite, values)) or len(values) not in (1, channels) or (name == "scale" and min(values) <= 0):
             raise UserError(
                 f"prepared data: {name} of the latents is {reprlib.repr(values)}; expected the VAE's, one number or one "
                 f"per channel ({channels})" + (", above 0" if name == "scale" else "")

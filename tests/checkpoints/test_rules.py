@@ -8,7 +8,7 @@ import pytest
 
 from sdv_jax.checkpoints.diffusers_folder import parse_component
 from sdv_jax.checkpoints.engine import leaves_of, match, problems_between
-from sdv_jax.checkpoints.families import COGVIDEOX
+from sdv_jax.models.cogvideox.family import FAMILY as COGVIDEOX
 from sdv_jax.checkpoints.rules.table import CONV2D, CONV3D, LINEAR, SAME, Rule, Rules, patches
 from sdv_jax.checkpoints.safetensors_io import Tensor
 from sdv_jax.errors import UserError

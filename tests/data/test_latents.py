@@ -6,6 +6,7 @@ import pytest
 
 from sdv_jax.data import latents
 from sdv_jax.errors import UserError
+from sdv_jax.models.contract import LatentScale
 from tests.train import tiny
 
 
@@ -13,7 +14,7 @@ def test_a_dataset_comes_back_as_it_was(tmp_path):
     dataset = tiny.dataset(5, frames=2, views=3, token_ids=True)
     latents.save(dataset, tmp_path)
     loaded = latents.load(tmp_path)
-    assert loaded.captions == dataset.captions and loaded.scaling_factor == dataset.scaling_factor
+    assert loaded.captions == dataset.captions and loaded.scale == dataset.scale
     assert loaded.has_token_ids and isinstance(loaded.mean, np.memmap)
     for name in latents.ARRAYS:
         np.testing.assert_array_equal(getattr(loaded, name), getattr(dataset, name))
@@ -64,12 +65,21 @@ def test_iterating_from_a_step_gives_what_that_step_reads():
         ({"empty_text": np.zeros((2, 8))}, "empty_text"),
         ({"mean": np.zeros((5, 4, 4, 4))}, "moments have five axes"),
         ({"reference_mean": np.zeros((5, 0, 4, 4, 4))}, "none of them empty"),
-        ({"scaling_factor": float("nan")}, "scaling_factor is nan"),
+        ({"scale": LatentScale.factor(float("nan"))}, "scale of the latents is \\(nan,\\)"),
+        ({"scale": LatentScale((0.0, 1.0), (1.0,))}, "one per channel \\(4\\)"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(changes, expected):
     with pytest.raises(UserError, match=expected):
         dataclasses.replace(tiny.dataset(5, frames=1, views=1), **changes)
+
+
+def test_the_factor_of_the_first_prepared_data_is_read(tmp_path):
+    latents.save(tiny.dataset(5, frames=1, views=1), tmp_path)
+    about = json.loads((tmp_path / "dataset.json").read_text())
+    del about["scale"]
+    (tmp_path / "dataset.json").write_text(json.dumps(about | {"scaling_factor": 0.3}))
+    assert latents.load(tmp_path).scale == LatentScale.factor(0.3)
 
 
 def test_folders_that_are_not_datasets_are_refused(tmp_path):
@@ -99,7 +109,8 @@ def test_folders_that_are_not_datasets_are_refused(tmp_path):
         ("{}", "unreadable"),
         ("not json", "unreadable"),
         ({"captions": 3}, "unreadable"),
-        ({"scaling_factor": "much"}, "scaling_factor is 'much'"),
+        ({"scaling_factor": "much"}, "unreadable"),
+        ({"scale": [1.0]}, "unreadable"),
         ({"captions": ["one"]}, "one row per caption"),
     ],
 )

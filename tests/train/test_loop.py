@@ -36,6 +36,10 @@ def _assert_equal_weights(ours, theirs):
         np.testing.assert_array_equal(ours[path], theirs[path], err_msg=path)
 
 
+def _fresh(config, *, token_ids):
+    return setup.model(config, setup.about(config), token_ids=token_ids)
+
+
 def _run(config, workdir, **options):
     return loop.run(config, workdir, data=options.pop("data", None) or tiny.data(), shown=False, **options)
 
@@ -60,7 +64,7 @@ def test_a_run_leaves_what_it_promises(unbroken):
 
 def test_only_the_adapter_is_trained(unbroken):
     _, result = unbroken
-    fresh = setup.parts(tiny.config(), token_ids=False).model
+    fresh = _fresh(tiny.config(), token_ids=False)
     before, after = _weights(fresh), _weights(result.model)
     moved = {path for path in after if not np.array_equal(before[path], after[path])}
     assert moved and all("/lora/" in path for path in moved)
@@ -69,7 +73,7 @@ def test_only_the_adapter_is_trained(unbroken):
 
 def test_the_adapter_on_disk_is_the_one_trained(unbroken):
     workdir, result = unbroken
-    fresh = setup.parts(tiny.config(), token_ids=False).model.transformer
+    fresh = _fresh(tiny.config(), token_ids=False).transformer
     lora.remove(fresh)
     adapter_files.load(fresh, workdir / "adapter")
     ours, theirs = _weights(fresh), _weights(result.model.transformer)
@@ -156,7 +160,7 @@ def test_full_training_with_text_encoder_average_and_images(tmp_path):
         text_to_video__image_batch_size=2, train__steps=4,
     )  # fmt: skip
     config, data = tiny.config(**settings), tiny.data(token_ids=True)
-    fresh = _weights(setup.parts(config, token_ids=True).model)
+    fresh = _weights(_fresh(config, token_ids=True))
     _run(config, tmp_path, data=data, stop_after=2)
     result = _run(config, tmp_path, data=data)
     moved = {
@@ -172,18 +176,18 @@ def test_full_training_with_text_encoder_average_and_images(tmp_path):
 def test_frozen_text_encoder_stays(tmp_path):
     config = tiny.config(train__objective="text_to_video", train__mode="full", train__steps=2)
     data = tiny.data(token_ids=True)
-    parts = setup.parts(config, token_ids=True)
-    graph, trained, frozen = state.split(parts.model, mode="full", train_encoder=False)
+    model = _fresh(config, token_ids=True)
+    graph, trained, frozen = state.split(model, mode="full", train_encoder=False)
     assert set(trained) == {"transformer"} and "text_encoder" in frozen
-    before = _weights(parts.model.text_encoder)
-    result = _run(config, tmp_path, data=data, parts=parts)
+    before = _weights(model.text_encoder)
+    result = _run(config, tmp_path, data=data, model=model)
     after = _weights(result.model.text_encoder)
     assert all(np.array_equal(before[path], after[path]) for path in before)
 
 
 def test_tasks_are_those_of_the_schedule(unbroken):
     config = tiny.config()
-    objective = setup.objective(config, setup.parts(config, token_ids=False).schedule, 1.0)
+    objective = setup.objective(config, setup.about(config), tiny.SCALE)
     schedule = plan.make(config, tiny.data(), objective, jax.random.key(0))
     assert [line["task"] for line in _lines(unbroken[0])] == [schedule.task(i)["task"] for i in range(6)]
     counts = schedule.position(6)

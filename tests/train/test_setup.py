@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sdv_jax.errors import UserError
-from sdv_jax.models.cogvideox.transformer import TransformerConfig
+from sdv_jax.models.contract import LatentScale
 from sdv_jax.train import loop, setup
 from tests.train import tiny
 
@@ -25,7 +25,7 @@ def _resized(dataset, *, moments=(), text=None):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"moments": (4, 4, 6)}, "latents have 6 channels, expected 4, the model's in_channels"),
+        ({"moments": (4, 4, 6)}, "latents have 6 channels, expected 4, the model's"),
         ({"moments": (5, 4, 4)}, "latents are 5 x 4 .*, expected multiples of 2"),
         ({"moments": (4, 7, 4)}, "latents are 4 x 7 .*, expected multiples of 2"),
         ({"text": (3, 9)}, "text embeddings have width 9, expected 8"),
@@ -42,17 +42,21 @@ def test_data_of_another_model_are_refused_before_the_workdir_is_claimed(tmp_pat
     assert not (tmp_path / "config.json").exists()
 
 
-def test_the_scaling_factor_is_that_of_the_vae_of_the_model():
+def test_the_scale_is_that_of_the_vae_of_the_model():
     config = tiny.config(model__path=BASE, data__motion="clips")
-    model = TransformerConfig(**tiny.TRANSFORMER)
+    traits = dataclasses.replace(setup.about(tiny.config()).traits, latents=LatentScale.factor(0.685671))
     dataset = tiny.data()["motion"]
-    with pytest.raises(UserError, match=r"data.motion \(clips\): scaling_factor is 0.7, expected 0.68567"):
-        setup.check_data(config, {"motion": dataset}, model)
-    setup.check_data(config, {"motion": dataclasses.replace(dataset, scaling_factor=0.685671)}, model)
+    with pytest.raises(UserError, match=r"data.motion \(clips\): scale of its latents is 0.7, expected 0.68567"):
+        setup.check_data(config, {"motion": dataset}, traits)
+    per_channel = LatentScale((0.1,) * 4, (0.685671,) * 4)
+    with pytest.raises(UserError, match=r"shift of its latents is \(0.1, 0.1, 0.1, 0.1\), expected 0.0"):
+        setup.check_data(config, {"motion": dataclasses.replace(dataset, scale=per_channel)}, traits)
+    own = dataclasses.replace(dataset, scale=LatentScale.factor(0.685671))
+    setup.check_data(config, {"motion": own}, traits)
 
 
 def test_token_ids_need_the_length_of_the_model():
-    config, model = tiny.config(), TransformerConfig(**tiny.TRANSFORMER)
-    setup.check_data(config, tiny.data(token_ids=True), model)
+    config, traits = tiny.config(), setup.about(tiny.config()).traits
+    setup.check_data(config, tiny.data(token_ids=True), traits)
     with pytest.raises(UserError, match="text has 3 tokens, expected 4"):
-        setup.check_data(config, tiny.data(token_ids=True), dataclasses.replace(model, max_text_seq_length=4))
+        setup.check_data(config, tiny.data(token_ids=True), dataclasses.replace(traits, text_length=4))

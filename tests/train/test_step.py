@@ -11,9 +11,9 @@ KEY = jax.random.key(0)
 
 def _setup(**settings):
     config, data = tiny.config(**settings), tiny.data()
-    parts = setup.parts(config, token_ids=False)
-    planned = plan.make(config, data, setup.objective(config, parts.schedule, tiny.SCALE), KEY)
-    graph, trained, frozen = state.split(parts.model, mode="lora", train_encoder=False)
+    base = setup.about(config)
+    planned = plan.make(config, data, setup.objective(config, base, tiny.SCALE), KEY)
+    graph, trained, frozen = state.split(setup.model(config, base, token_ids=False), mode="lora", train_encoder=False)
     tx = optax.sgd(0.1)
     run = step.make(graph, planned.losses["identity"], tx, lambda _: 0.1, ema_decay=0.9)
     trained = jax.tree.map(lambda leaf: leaf + 0.1, trained)  # B starts at zero, where dropout would not show

@@ -3,6 +3,7 @@
 import numpy as np
 
 from sdv_jax.data.latents import LatentDataset
+from sdv_jax.models.contract import LatentScale
 from sdv_jax.train import config as configs
 
 TRANSFORMER = {
@@ -15,7 +16,8 @@ SCHEDULER = {
     "_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction", "beta_schedule": "scaled_linear",
     "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "snr_shift_scale": 1.0,
 }  # fmt: skip
-SCALE = 0.7
+VAE = {"latent_channels": 4}
+SCALE = LatentScale.factor(0.7)
 
 
 def dataset(n: int, *, frames: int, views: int, token_ids: bool = False, seed: int = 0) -> LatentDataset:
@@ -30,7 +32,7 @@ def dataset(n: int, *, frames: int, views: int, token_ids: bool = False, seed: i
         mean=normal(n, frames, 4, 4, 4), logvar=normal(n, frames, 4, 4, 4) - 4,
         reference_mean=normal(n, views, 4, 4, 4), reference_logvar=normal(n, views, 4, 4, 4) - 4,
         text=text, empty_text=np.zeros_like(text[0]),
-        captions=tuple(f"caption {i}" for i in range(n)), scaling_factor=SCALE,
+        captions=tuple(f"caption {i}" for i in range(n)), scale=SCALE,
     )  # fmt: skip
 
 
@@ -50,6 +52,7 @@ def config(**overrides) -> configs.Config:
         "optimizer.learning_rate": 1e-2, "optimizer.warmup": 2, "switch.motion_probability": 0.4,
     }  # fmt: skip
     settings |= {f"model.transformer.{key}": value for key, value in TRANSFORMER.items()}
+    settings |= {f"model.vae.{key}": value for key, value in VAE.items()}
     settings |= {f"model.text_encoder.{key}": value for key, value in TEXT_ENCODER.items()}
     settings |= {f"model.scheduler.{key}": value for key, value in SCHEDULER.items()}
     settings |= {key.replace("__", "."): value for key, value in overrides.items()}

@@ -7,6 +7,7 @@ from sdv_jax.checkpoints.rules import umt5
 from sdv_jax.diffusion.flow import FlowSchedulerConfig
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import Geometry, LatentScale, Traits
+from sdv_jax.models.text.tokenizer import clean_wan
 from sdv_jax.models.text.umt5 import UMT5Config, UMT5Encoder
 from sdv_jax.models.wan import LORA_TARGETS, SHARDING, VARIANTS, original_names, rules, vae_rules
 from sdv_jax.models.wan.transformer import ReferencePlacement, Transformer, TransformerConfig
@@ -45,7 +46,7 @@ def traits(configs: Mapping[str, object], about: Mapping) -> Traits:
         text_length=own["text_length"],
         text_width=transformer.text_dim,
         text_masked=True,
-        clean_text=str,
+        clean_text=clean_wan,
         steps=own["steps"],
         guidance=own["guidance"],
         fps=own["fps"],
