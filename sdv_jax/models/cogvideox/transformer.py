@@ -119,13 +119,6 @@ class TransformerConfig:
         """Latent frames of a clip of the default length."""
         return (self.sample_frames - 1) // self.temporal_compression_ratio + 1
 
-    def padded_frames(self, latent_frames: int) -> int:
-        """How many latent frames are denoised for a clip of `latent_frames`: the next multiple of `patch_size_t`.
-
-        As in diffusers' pipelines, what is more is noise like the rest, and is dropped from the front before decoding.
-        """
-        return latent_frames + -latent_frames % self.patch[0]
-
     def grid(self, shape: tuple[int, ...]) -> Grid:
         """Tokens along (t, h, w) of latents [..., t, h, w, c]. Raises UserError for sizes the model cannot take."""
         *sizes, channels = shape[-4:]
