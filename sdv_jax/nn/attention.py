@@ -11,6 +11,8 @@ from sdv_jax.typing import Array, Float
 _SCORES_AT_ONCE = 2**27
 # On a CPU: more scores than this (8 MB) leave the caches between the two products, and heads are taken one by one.
 _SCORES_IN_CACHE = 2**21
+# The widest head of cuDNN's flash kernel on every GPU that has it; a multiple of 8 besides.
+_FLASH_HEAD = 128
 
 
 def attention(q: Float[Array, "b n heads k"], k: Float[Array, "b m heads k"], v: Float[Array, "b m heads k"], *,
@@ -18,11 +20,13 @@ def attention(q: Float[Array, "b n heads k"], k: Float[Array, "b m heads k"], v:
               scale: float | None = None) -> Float[Array, "b n heads k"]:
     """softmax(q kᵀ · scale + bias) v, bidirectional; `scale` defaults to 1/sqrt(head dimension). Softmax is in float32.
 
-    On a GPU half-precision inputs without bias go to cuDNN's flash kernel. Elsewhere the plain form is used: over
-    blocks of queries where the whole score matrix would be too large, and on a CPU without a mesh head by head.
+    On a GPU half-precision inputs without bias go to cuDNN's flash kernel, unless a head is too wide for it. Elsewhere
+    the plain form is used: over blocks of queries where the whole score matrix would be too large, and on a CPU without
+    a mesh head by head.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if bias is None and q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu":
+    flash = bias is None and q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
+    if flash and q.shape[-1] <= _FLASH_HEAD and q.shape[-1] % 8 == 0:
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     large = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > _SCORES_IN_CACHE

@@ -6,10 +6,8 @@ The result is not the untiled one: convolutions and group norms see one tile at 
 import dataclasses
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
-
 from sdv_jax.errors import UserError
+from sdv_jax.nn import tiling
 from sdv_jax.typing import Array, Float
 
 
@@ -46,6 +44,15 @@ class Tiling:
         """Shared part of a tile along height and width."""
         return self.tile_overlap_factor_height, self.tile_overlap_factor_width
 
+    def check(self, compression: int) -> None:
+        """Raises UserError where tiles do not overlap in whole latents, so that their seams would not meet."""
+        for size, latents, overlap in zip(self.sample_tile, self.latent_tile(compression), self.overlap, strict=True):
+            if int(latents * (1 - overlap)) * compression != size - int(size * overlap):
+                tile = "x".join(map(str, reversed(self.sample_tile)))
+                raise UserError(
+                    f"tiling: this VAE's tiles of {tile} pixels do not overlap in whole latents; leave tiling off"
+                )
+
 
 def run_tiled(
     run: Callable[[Array], Array],
@@ -69,58 +76,10 @@ def run_tiled(
     Raises:
       UserError: when the tiles cannot advance, or one at the edge is too small.
     """
-    stride = [int(size * (1 - part)) for size, part in zip(tile, overlap, strict=True)]
+    stride = tuple(int(size * (1 - part)) for size, part in zip(tile, overlap, strict=True))
     if min(stride) < 1 or min(out_tile) < 1:
         raise UserError(f"VAE tiling: tiles of {tile} with overlap {overlap} cannot advance; use larger tiles")
-    blend = [int(size * part) for size, part in zip(out_tile, overlap, strict=True)]
-    tops, lefts = (range(0, size, step) for size, step in zip(x.shape[2:4], stride, strict=True))
-    if min(x.shape[2] - tops[-1], x.shape[3] - lefts[-1]) < smallest:
-        raise UserError(
-            f"VAE tiling: {x.shape[2]}x{x.shape[3]} in steps of {stride} leaves an edge tile smaller than {smallest}; "
-            "use another tile size"
-        )
-    tiles = _map_tiles(run, x, tops, lefts, tile)
-    # Tiles are blended in reading order with neighbours that are already blended themselves.
-    rows = []
-    for i in range(len(tops)):
-        for j in range(len(lefts)):
-            if i > 0:
-                tiles[i, j] = _blend(tiles[i - 1, j], tiles[i, j], blend[0], axis=2)
-            if j > 0:
-                tiles[i, j] = _blend(tiles[i, j - 1], tiles[i, j], blend[1], axis=3)
-        kept = [tiles[i, j][:, :, : out_tile[0] - blend[0], : out_tile[1] - blend[1]] for j in range(len(lefts))]
-        rows.append(jnp.concatenate(kept, axis=3))
-    return jnp.concatenate(rows, axis=2)
-
-
-def _map_tiles(run, x: Array, tops, lefts, tile) -> dict[tuple[int, int], Array]:
-    """{(row, column): run(tile)}; tiles of one shape share one loop, so programs do not grow with their number."""
-    groups = {}
-    for i, top in enumerate(tops):
-        for j, left in enumerate(lefts):
-            shape = min(tile[0], x.shape[2] - top), min(tile[1], x.shape[3] - left)
-            groups.setdefault(shape, []).append(((i, j), (top, left)))
-    tiles = {}
-    for (height, width), members in groups.items():
-
-        def one(start, height=height, width=width):
-            part = jax.lax.dynamic_slice_in_dim(x, start[0], height, axis=2)
-            return run(jax.lax.dynamic_slice_in_dim(part, start[1], width, axis=3))
-
-        outputs = jax.lax.map(one, jnp.array([start for _, start in members]))
-        tiles.update({index: outputs[n] for n, (index, _) in enumerate(members)})
-    return tiles
-
-
-def _blend(a: Array, b: Array, extent: int, axis: int) -> Array:
-    """b with its first `extent` lines along `axis` faded in from the last lines of a."""
-    extent = min(a.shape[axis], b.shape[axis], extent)
-    if extent == 0:
-        return b
-    shape = [1] * b.ndim
-    shape[axis] = extent
-    weight = (jnp.arange(extent) / extent).reshape(shape).astype(b.dtype)
-    tail = jax.lax.slice_in_dim(a, a.shape[axis] - extent, a.shape[axis], axis=axis)
-    head = jax.lax.slice_in_dim(b, 0, extent, axis=axis)
-    rest = jax.lax.slice_in_dim(b, extent, b.shape[axis], axis=axis)
-    return jnp.concatenate([tail * (1 - weight) + head * weight, rest], axis=axis)
+    out_stride = tuple(size - int(size * part) for size, part in zip(out_tile, overlap, strict=True))
+    return tiling.run_tiled(
+        run, x, tile=tile, stride=stride, out_tile=out_tile, out_stride=out_stride, smallest=smallest
+    )

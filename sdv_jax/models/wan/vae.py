@@ -18,10 +18,12 @@ from flax import nnx
 from sdv_jax.errors import UserError
 from sdv_jax.models.config_check import check_numbers, check_whole, refuse
 from sdv_jax.models.wan.vae_blocks import Decoder, Encoder
+from sdv_jax.models.wan.vae_tiling import Tiling
 from sdv_jax.nn.causal_conv3d import PointConv
+from sdv_jax.nn.tiling import run_tiled
 from sdv_jax.typing import Array, Float
 
-__all__ = ["VAE", "VAEConfig"]
+__all__ = ["VAE", "Tiling", "VAEConfig"]
 
 # Pixels of the video that are encoded or decoded at once, at least one latent frame of it: the largest arrays hold
 # about 100 times as many numbers (96 channels in 2.1). 10 frames of 832x480, or any clip of the small world.
@@ -107,36 +109,31 @@ class VAEConfig:
             refuse("vae config", "temperal_downsample", times, expected)
         if sum(times) > 2:
             refuse("vae config", "temperal_downsample", times, "at most two times true: 4 frames are encoded at a time")
-        base = self.decoder_base_dim or self.base_dim
-        if not self.is_residual:
-            if min(factors[1:], default=2) * base < 2:
-                raise UserError("vae config: base_dim = 1; expected at least 2, since the decoder halves it")
-            return
-        # The shortcuts of 2.2 average neighbouring values and repeat them: whole groups of them.
-        pairs = itertools.zip_longest(itertools.pairwise((1, *factors)), times)
-        for level, ((fan_in, fan_out), time) in enumerate(pairs):
-            values = fan_in * (1 if time is None else 8 if time else 4)
-            if values % fan_out:
-                raise UserError(
-                    f"vae config: dim_mult = {factors}; level {level} cannot average {values} values to {fan_out}"
-                )
-        pairs = zip(itertools.pairwise((factors[-1], *reversed(factors))), reversed(times))
-        for (fan_in, fan_out), time in pairs:
-            values = fan_out * (8 if time else 4)
-            if values % fan_in:
-                raise UserError(
-                    f"vae config: dim_mult = {factors}; the decoder cannot repeat {fan_in} values to {values}"
-                )
+        if self.is_residual:
+            self._check_shortcuts()
+        elif len(factors) > 1 and min(factors[1:]) * (self.decoder_base_dim or self.base_dim) < 2:
+            refuse("vae config", "base_dim", self.base_dim, "at least 2: the decoder halves its channels")
+
+    def _check_shortcuts(self):
+        """Those of 2.2 average whole groups of values into one, and repeat values a whole number of times."""
+        factors = self.dim_mult
+        merged = [8 if time else 4 for time in self.temperal_downsample]  # pixels that become one
+        down = zip(itertools.pairwise((1, *factors)), [*merged, 1], strict=True)
+        up = zip(itertools.pairwise((factors[-1], *factors[:0:-1])), merged[::-1], strict=True)
+        ratios = [(fan_in * pixels, fan_out) for (fan_in, fan_out), pixels in down]
+        ratios += [(fan_out * pixels, fan_in) for (fan_in, fan_out), pixels in up]
+        for many, few in ratios:
+            if many % few:
+                expected = f"widths that the shortcuts of is_residual can make: {many} is no multiple of {few}"
+                refuse("vae config", "dim_mult", factors, expected)
 
     def _check_latents(self):
         for name, least in (("latents_mean", -math.inf), ("latents_std", 0)):
             values = getattr(self, name)
             numbers = isinstance(values, tuple) and all(type(value) in (int, float) for value in values)
             if not numbers or len(values) != self.z_dim or not all(least < value < math.inf for value in values):
-                kind = "numbers" if name == "latents_mean" else "numbers > 0"
-                refuse(
-                    "vae config", name, values, f"a list of {self.z_dim} finite {kind}, one for each of z_dim channels"
-                )
+                kind = "finite numbers" if name == "latents_mean" else "finite numbers > 0"
+                refuse("vae config", name, values, f"a list of {self.z_dim} {kind}, as many as z_dim says")
 
     @property
     def latent_channels(self) -> int:
@@ -173,20 +170,80 @@ class VAE(nnx.Module):
         self.post_quant_conv = PointConv(config.z_dim, config.z_dim, **kwargs)
         self.decoder = Decoder(config, **kwargs)
 
-    def encode(self, video: Float[Array, "b t h w c"]) -> tuple[Float[Array, "b s i j e"], Float[Array, "b s i j e"]]:
-        """Mean and log variance of the latents of a video in [-1, 1]."""
-        x = patchify(video, self.config.patch_size or 1)
-        mean, logvar = jnp.split(self._encode(x), 2, axis=-1)
+    @property
+    def tiling(self) -> Tiling:
+        """The tiles that diffusers uses by default."""
+        return Tiling.default(self.config)
+
+    def encode(
+        self, video: Float[Array, "b t h w c"], *, tiling: Tiling | None = None
+    ) -> tuple[Float[Array, "b s i j e"], Float[Array, "b s i j e"]]:
+        """Mean and log variance of the latents of a video in [-1, 1].
+
+        Args:
+          video: any number of frames, of which the first and whole groups of 4 after it are encoded. Height and width
+            are at least one latent; what does not fill one is dropped at the bottom and right. They must be multiples
+            of patch_size, and with is_residual of the compression.
+          tiling: encode in tiles when the video is larger than one; None never does.
+
+        Raises:
+          UserError: for a wrong number of channels, a size other than those, or tiles that do not fit the VAE.
+        """
+        config, patch, compression = self.config, self.config.patch_size or 1, self.config.spatial_compression
+        _check("video", video, config.in_channels // config.pixels_per_patch, minimum=compression)
+        whole = compression if config.is_residual else patch
+        if any(size % whole for size in video.shape[2:4]):
+            height, width = video.shape[2:4]
+            raise UserError(f"VAE: height and width must be multiples of {whole}, found {height}x{width}")
+        x = patchify(video, patch)
+        if tiling is None or _fits(video, tiling.sample_tile):
+            moments = self._encode(x)
+        else:
+            tiling.check(compression)
+            inner = compression // patch
+            moments = run_tiled(
+                self._encode,
+                x,
+                tile=tiling.sample_tile,
+                stride=tiling.sample_stride,
+                out_tile=tiling.latent_tile(inner),
+                out_stride=tiling.latent_stride(inner),
+                smallest=inner,
+            )
+        mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, *_LOGVAR_RANGE)
 
-    def decode(self, latents: Float[Array, "b s i j e"], *, clip: bool = True) -> Float[Array, "b t h w c"]:
-        """The video of latents, clipped to [-1, 1]."""
-        video = unpatchify(self._decode(latents), self.config.patch_size or 1)
+    def decode(
+        self, latents: Float[Array, "b s i j e"], *, tiling: Tiling | None = None, clip: bool = True
+    ) -> Float[Array, "b t h w c"]:
+        """The video of latents; `tiling` as in `encode`.
+
+        It is clipped to [-1, 1], and no gradient comes back from what was outside; training has `clip=False`.
+
+        Raises:
+          UserError: for a wrong number of channels, no latents at all, or tiles that do not fit the VAE.
+        """
+        patch, compression = self.config.patch_size or 1, self.config.spatial_compression
+        _check("latents", latents, self.config.z_dim, minimum=1)
+        if tiling is None or _fits(latents, tiling.latent_tile(compression)):
+            x = self._decode(latents)
+        else:
+            tiling.check(compression)
+            x = run_tiled(
+                self._decode,
+                latents,
+                tile=tiling.latent_tile(compression),
+                stride=tiling.latent_stride(compression),
+                out_tile=tiling.latent_tile(patch),
+                out_stride=tiling.latent_stride(patch),
+                smallest=1,
+            )
+        video = unpatchify(x, patch)
         return jnp.clip(video, -1, 1) if clip else video
 
     def _encode(self, x: Array) -> Array:
         frames = 1 + (x.shape[1] - 1) // _ENCODED_AT_ONCE * _ENCODED_AT_ONCE
-        pixels = self.config.pixels_per_patch * math.prod(x.shape[2:4])
+        pixels = _ENCODED_AT_ONCE * math.prod(x.shape[2:4]) * self.config.pixels_per_patch
         y = _over_time(self.encoder, x[:, :frames], chunk=_ENCODED_AT_ONCE, pixels=pixels)
         return self.quant_conv(y)
 
@@ -226,3 +283,16 @@ def _over_time(step: Callable, x: Array, *, chunk: int, pixels: int) -> Array:
     _, ys = jax.lax.scan(lambda cache, frames: step(frames, cache)[::-1], cache, rest)
     ys = jnp.moveaxis(ys, 0, 1)
     return jnp.concatenate([y, ys.reshape(y.shape[0], -1, *y.shape[2:])], axis=1)
+
+
+def _fits(x: Array, tile: tuple[int, int]) -> bool:
+    return x.shape[2] <= tile[0] and x.shape[3] <= tile[1]
+
+
+def _check(name: str, x: Array, channels: int, *, minimum: int) -> None:
+    if x.shape[-1] != channels:
+        raise UserError(f"VAE: {name} must have {channels} channels in its last axis, found shape {tuple(x.shape)}")
+    if x.shape[1] < 1 or min(x.shape[2:4]) < minimum:
+        raise UserError(
+            f"VAE: {name} must have at least 1 frame of {minimum}x{minimum}, found [b, t, h, w, c] = {tuple(x.shape)}"
+        )
