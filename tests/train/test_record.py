@@ -19,7 +19,7 @@ def test_an_adapter_of_a_random_model_has_no_base(tmp_path):
     config = tiny.config()
     record.save_adapter(tmp_path, setup.model(config, setup.about(config), token_ids=False), config, setup.about(config))
     about = json.loads((tmp_path / "adapter.json").read_text())
-    assert (about["variant"], about["base"]) == ("", "")
+    assert (about["variant"], about["base"]) == ("custom", "")
 
 
 def test_the_shipped_run_is_resumed_by_its_config_with_any_guidance_of_samples(tmp_path):

@@ -123,6 +123,11 @@ class VAE(nnx.Module):
         self.quant_conv = PointConv(moments, moments, **kwargs) if config.use_quant_conv else None
         self.post_quant_conv = PointConv(latents, latents, **kwargs) if config.use_post_quant_conv else None
 
+    @property
+    def tiling(self) -> Tiling:
+        """The tiles that diffusers uses by default."""
+        return Tiling.default(self.config)
+
     def encode(
         self, video: Float[Array, "b t h w c"], *, tiling: Tiling | None = None
     ) -> tuple[Float[Array, "b s i j e"], Float[Array, "b s i j e"]]:
