@@ -81,7 +81,7 @@ def get_config() -> ConfigDict:
     config.reference = reference = ConfigDict()  # where reference tokens stand (paper A: only that Wan needs another way)
     reference.placement = ""  # before (the clip, as one more frame) | after; empty = CogVideoX before, Wan after
     reference.offset = 1  # after: time slots from the clip's last frame to the first reference (our choice)
-    reference.shift = 1.0  # after: grid widths that references stand aside (our choice)
+    reference.shift = 1.0  # Wan: grid widths that references stand aside (our choice)
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "adamw"  # adamw (paper A) | muon (block matrices by Muon, the rest by Adam)

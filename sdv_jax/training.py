@@ -64,7 +64,7 @@ class Sheets:
         """Writes folder/step_NNNNNN.png."""
         parts = self.parts | ({"text_encoder": model.text_encoder} if model.text_encoder is not None else {})
         base = setup.about(self.config)
-        options = base.family.options(self.config.lora.adaln, setup.reference_placement(self.config))
+        options = setup.options(self.config, base)
         parts |= {base.family.denoiser: model.transformer}
         pipe = Pipeline(self.about, parts, self.tokenizer, options=options)
         subject = self.config.train.objective == "subject"

@@ -152,18 +152,16 @@ def targets(config: Config, base: About) -> tuple[str, ...]:
     return config.lora.targets or base.family.lora_targets
 
 
-def reference_placement(config: Config) -> dict | None:
-    """The config's own placement of references; None: as the family has it."""
-    r = config.reference
-    if r.placement != "after":
-        return {"placement": r.placement} if r.placement else None
-    return {"placement": r.placement, "offset": r.offset, "shift": r.shift}
-
-
 def stated_placement(config: Config, base: About) -> dict | None:
     """Where this run's references stand, in full, for the adapter to say; None where the family leaves no choice."""
-    placement = base.family.options(config.lora.adaln, reference_placement(config)).get("placement")
+    placement = options(config, base).get("placement")
     return dataclasses.asdict(placement) if placement else None
+
+
+def options(config: Config, base: About) -> dict:
+    """Keywords of the transformer's call; UserError for settings that the family does not have."""
+    given = {key: value for key, value in dataclasses.asdict(config.reference).items() if value != ""}
+    return base.family.options(config.lora.adaln, given)
 
 
 def objective(config: Config, base: About, latents: LatentScale) -> Objective:
@@ -174,10 +172,9 @@ def objective(config: Config, base: About, latents: LatentScale) -> Objective:
             f"scheduler: prediction_type is {schedule.config.prediction_type!r}; training needs 'v_prediction' or a flow"
         )
     noise = dataclasses.asdict(config.noise) | {"shift": config.noise.shift or None}
-    options = base.family.options(config.lora.adaln, reference_placement(config))
     return Objective(
         schedule=schedule, latents=latents, geometry=base.traits.geometry, text_dropout=config.text.dropout,
-        options=tuple(options.items()), dtype=jnp.dtype(config.train.dtype), **noise,
+        options=tuple(options(config, base).items()), dtype=jnp.dtype(config.train.dtype), **noise,
     )  # fmt: skip
 
 

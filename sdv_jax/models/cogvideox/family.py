@@ -41,9 +41,12 @@ def traits(configs: Mapping[str, object], about: Mapping) -> Traits:
 
 
 def options(adaln: str, reference: Mapping | None) -> dict:
-    """References stand before the clip, always."""
-    if reference and reference.get("placement") != "before":
-        raise UserError(f"reference: {dict(reference)}; CogVideoX takes references before the clip only")
+    """References stand before the clip, always: what would move them has to be as in configs/base.py."""
+    fixed = {"placement": "before", "offset": 1, "shift": 1.0}
+    for key, value in (reference or {}).items():
+        if value != fixed.get(key):
+            told = f"reference.{key} is {value!r}"
+            raise UserError(f"{told}, expected {fixed.get(key)!r}: CogVideoX takes references before the clip only")
     return {"adaln_lora": adaln}
 
 

@@ -106,6 +106,8 @@ class ReferencePlacement:
         if self.placement not in PLACEMENTS:
             refuse(label, "placement", self.placement, " or ".join(map(repr, PLACEMENTS)))
         check_whole(label, "offset", self.offset, least=0)
+        if self.placement == "before" and self.offset != 1:
+            refuse(label, "offset", self.offset, "1 where references stand before the clip, right before it")
         if type(self.shift) not in (int, float) or not np.isfinite(self.shift) or self.shift < 0:
             refuse(label, "shift", self.shift, "a finite number >= 0")
 

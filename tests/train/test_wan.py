@@ -1,0 +1,104 @@
+"""Wan in the training loop: the same configs, with another family."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from sdv_jax.checkpoints import adapter_files
+from sdv_jax.data.latents import LatentDataset
+from sdv_jax.errors import UserError
+from sdv_jax.train import config as configs
+from sdv_jax.train import loop, setup
+from tests.train import tiny
+
+TRANSFORMER = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 8,
+    "freq_dim": 8, "ffn_dim": 16, "num_layers": 1,
+}  # fmt: skip
+VAE = {
+    "base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1], "temperal_downsample": [True, True], "scale_factor_spatial": 4,
+    "latents_mean": [0.5, 0.0, -0.5, 0.1], "latents_std": [2.0, 1.0, 0.5, 1.0],
+}  # fmt: skip
+
+
+def config(**overrides):
+    """tests/train/tiny.py's settings on Wan: other tables, and one line for the family."""
+    settings = {
+        "train.steps": 6, "train.save_every": 100, "identity.batch_size": 4, "motion.batch_size": 4, "lora.rank": 2,
+        "lora.alpha": 2.0, "lora.dropout": 0.0, "optimizer.learning_rate": 1e-2, "optimizer.warmup": 2,
+        "switch.motion_probability": 0.4, "model.family": "wan",
+    }  # fmt: skip
+    settings |= {f"model.transformer.{key}": value for key, value in TRANSFORMER.items()}
+    settings |= {f"model.vae.{key}": value for key, value in VAE.items()}
+    settings |= {f"model.text_encoder.{key}": value for key, value in tiny.TEXT_ENCODER.items()}
+    settings |= {"model.scheduler._class_name": "UniPCMultistepScheduler", "model.scheduler.flow_shift": 3.0,
+                 "model.scheduler.use_flow_sigmas": True, "model.scheduler.prediction_type": "flow_prediction",
+                 "model.defaults.text_length": 3}  # fmt: skip
+    return configs.load("configs/base.py", settings | {key.replace("__", "."): v for key, v in overrides.items()})
+
+
+def data(settings) -> dict[str, LatentDataset]:
+    scale = setup.about(settings).traits.latents
+    return {name: dataclasses.replace(dataset, scale=scale) for name, dataset in tiny.data().items()}
+
+
+def losses(workdir):
+    return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    workdir, settings = tmp_path_factory.mktemp("wan"), config()
+    return workdir, loop.run(settings, workdir, data=data(settings), shown=False)
+
+
+def test_both_tasks_are_trained_and_the_adapter_says_where_references_stand(unbroken):
+    workdir, result = unbroken
+    assert result.finished and np.isfinite(losses(workdir)).all()
+    tasks = {json.loads(line)["task"] for line in (workdir / "metrics.jsonl").read_text().splitlines()}
+    assert tasks == {"identity", "motion"}
+    about = json.loads((workdir / "adapter" / "adapter.json").read_text())
+    assert about["family"] == "wan" and about["reference"] == {"placement": "after", "offset": 1, "shift": 1.0}
+    assert set(about["targets"]) == {"to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"}
+    fresh = setup.model(config(), setup.about(config()), token_ids=False).transformer
+    info = adapter_files.load(fresh, workdir / "adapter")
+    assert info.reference == about["reference"]
+
+
+def test_a_resumed_run_is_the_unbroken_one(unbroken, tmp_path):
+    settings = config()
+    for steps in (2, 5, None):
+        result = loop.run(settings, tmp_path, data=data(settings), shown=False, stop_after=steps)
+    assert losses(tmp_path) == losses(unbroken[0])
+    for ours, theirs in zip(jax.tree.leaves(_adapter(result)), jax.tree.leaves(_adapter(unbroken[1])), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def _adapter(result):
+    from flax import nnx
+
+    return nnx.to_pure_dict(nnx.state(result.model, nnx.LoRAParam))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("reference.placement", "before"), ("reference.shift", 0.0), ("reference.offset", 5), ("noise.shift", 1.0)],
+)
+def test_fields_of_the_config_matter(unbroken, tmp_path, key, value):
+    settings = config(**{key: value, "train.steps": 3})
+    loop.run(settings, tmp_path, data=data(settings), shown=False)
+    assert losses(tmp_path) != losses(unbroken[0])[:3]
+
+
+def test_what_wan_does_not_have_is_told(tmp_path):
+    settings = config(**{"lora.adaln": "reference"})
+    with pytest.raises(UserError, match="Wan has no such layers"):
+        loop.run(settings, tmp_path, data=data(settings), shown=False)
+    for key, value in (("placement", "after"), ("shift", 0.5), ("offset", 2)):
+        with pytest.raises(UserError, match=f"reference.{key} is .*: CogVideoX takes references before the clip only"):
+            loop.run(tiny.config(**{f"reference.{key}": value}), tmp_path, data=tiny.data(), shown=False)
+    with pytest.raises(UserError, match="config key 'model.family': expected one of cogvideox, wan, found 'hunyuan'"):
+        setup.about(tiny.config(model__family="hunyuan"))
