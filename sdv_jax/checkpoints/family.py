@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,8 @@ class Component:
     """One weight-holding part of a pipeline.
 
     `stem` is how its weight files are called on export, `config` the dataclass of its config.json (one with `from_json`
-    reads the file's content itself), `module(config, dtype=, rngs=)` builds it, `rules(config)` converts it.
+    reads the file's content itself), `module(config, dtype=, rngs=)` builds it, `rules(config)` converts it. Leaves whose
+    path `exact` is found in stay float32 in a model of half precision.
     """
 
     torch_class: str
@@ -31,6 +33,12 @@ class Component:
     module: Callable[..., nnx.Module]
     rules: Callable[[object], Rules]
     optional: bool = False
+    exact: str | None = None
+
+    def dtype_of(self, path: str, dtype: np.dtype) -> np.dtype:
+        """What the leaf at `path` is held in where the model as a whole is held in `dtype`."""
+        stays = self.exact is not None and re.search(self.exact, path)
+        return np.promote_types(dtype, np.float32) if stays else dtype
 
     def parse(self, raw: Mapping, where: Path) -> object:
         """The config that config.json at `where` holds; UserError for an unknown key or a bad value."""

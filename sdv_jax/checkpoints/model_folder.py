@@ -11,6 +11,7 @@ import reprlib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -202,19 +203,22 @@ def load_component(
     else:
         source = open_component(folder, family, name, config["config"][name])
         source.check_tied()
-    graph, state = nnx.split(family.components[name].abstract(parsed, dtype=jnp.dtype(dtype)))
-    return nnx.merge(
-        graph, fill(state, source, dtype=jnp.dtype(dtype), placement=_placement(family, name, state, mesh))
-    )
+    component, dtype = family.components[name], jnp.dtype(dtype)
+    graph, state = nnx.split(component.abstract(parsed, dtype=dtype))
+    placement = _placement(family, name, state, mesh)
+    return nnx.merge(graph, fill(state, source, dtype=partial(component.dtype_of, dtype=dtype), placement=placement))
 
 
-def fill(state: nnx.State, source: Source | Stored, *, dtype: np.dtype, placement: dict) -> nnx.State:
-    """The abstract `state` with arrays read from `source`, one leaf after the other."""
+def fill(
+    state: nnx.State, source: Source | Stored, *, dtype: Callable[[str], np.dtype], placement: dict
+) -> nnx.State:
+    """The abstract `state` with arrays read from `source`, one leaf after the other; `dtype` is asked for each path."""
     leaves = {leaf.path: leaf for leaf in source.leaves}
     filled = []
     for path, variable in nnx.to_flat_state(state):
         leaf = leaves[dotted(path)]
-        filled.append((path, variable.replace(_array(leaf, _reader(source, leaf, dtype), placement[leaf.path], dtype))))
+        kind = dtype(leaf.path)
+        filled.append((path, variable.replace(_array(leaf, _reader(source, leaf, kind), placement[leaf.path], kind))))
     return nnx.from_flat_state(filled)
 
 

@@ -68,6 +68,7 @@ def options(adaln: str, reference: Mapping | None) -> dict:
 _TRANSFORMER = Component(
     "WanTransformer3DModel", "diffusion_pytorch_model", TransformerConfig, Transformer,
     lambda config: rules.transformer(config.patch_size),
+    exact=r"time_embedder|scale_shift_table|norm2",  # diffusers' _keep_in_fp32_modules
 )  # fmt: skip
 
 FAMILY = Family(

@@ -181,7 +181,7 @@ class ConditionEmbedder(nnx.Module):
     def time(self, values: Float[Array, "b v"], dtype) -> tuple[Float[Array, "b v d"], Float[Array, "b v 6 d"]]:
         """(embedding, modulation of every block) of the v time values of each example."""
         flat = timestep_sinusoid(values.reshape(-1), self.freq_dim, flip_sin_to_cos=True, freq_shift=0)
-        time = self.time_embedder(flat.astype(dtype))
+        time = self.time_embedder(flat).astype(dtype)  # in float32, as diffusers has it
         modulation = self.time_proj(jax.nn.silu(time))
         return time.reshape(*values.shape, self.width), modulation.reshape(*values.shape, 6, self.width)
 
