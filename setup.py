@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="sdv_jax",
     version="0.1.0",
-    description="Subject-driven video generation: CogVideoX with reference images, in JAX and Flax NNX",
+    description="Subject-driven video generation: CogVideoX and Wan with reference images, in JAX and Flax NNX",
     long_description=(pathlib.Path(__file__).parent / "README.md").read_text()
     if pathlib.Path("README.md").exists()
     else "",

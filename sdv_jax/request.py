@@ -83,7 +83,7 @@ def check_request(
         width=_side(width, "width", geometry),
         steps=_steps(traits.steps if steps is None else steps, train_timesteps),
         guidance=first,
-        second_guidance=_guidance(own_second if guidance_2 is None else guidance_2),
+        second_guidance=own_second if guidance_2 is None else _guidance(guidance_2, "guidance_2"),
         seed=_seed(seed),
     )
 
@@ -183,11 +183,11 @@ def _steps(value, train_timesteps: int) -> int:
     return steps
 
 
-def _guidance(value) -> float:
+def _guidance(value, name: str = "guidance") -> float:
     # finite also as the float32 that the model computes with
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not 0 <= value <= np.finfo(np.float32).max:
-        raise UserError(f"guidance is {value!r}; expected a finite number of at least 0 (1 and below switch it off)")
+        raise UserError(f"{name} is {value!r}; expected a finite number of at least 0 (1 and below switch it off)")
     return float(value)
 
 
