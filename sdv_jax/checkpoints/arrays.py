@@ -9,6 +9,7 @@ bytes are an error and not a weight.
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,10 @@ from sdv_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Streamed:
-    """An array yet to be produced: `blocks` yields (where, values) in C order, one chunk of shape `chunk` each."""
+    """An array yet to be produced: `blocks` yields (where, values) in C order, one chunk of shape `chunk` each.
+
+    A block must stand until the next but one is asked for.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -51,7 +55,7 @@ class _StreamedHandler(ocp.type_handlers.TypeHandler):
         group, size = [], 0
         for value, info in zip(values, infos, strict=True):
             await info.await_path_creation()
-            # Small arrays wait for the disk together; a large one is alone, so that memory holds one block of it.
+            # Small arrays wait for the disk together; a large one is alone, so that memory holds two blocks of it.
             if size + value.nbytes > BLOCK_BYTES:
                 await _all(group)
                 group, size = [], 0
@@ -69,11 +73,16 @@ class _StreamedHandler(ocp.type_handlers.TypeHandler):
         }
         spec = _spec(folder / name) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
         store = await ts.open(spec, create=True, open=True, context=self._context)
-        crc = 0
-        for index, block in value.blocks():
-            await store[index].write(block)
-            crc = checksum(block, crc)
-        self._done(name, crc)
+        crc, written, summed = 0, None, None
+        with ThreadPoolExecutor(1) as pool:
+            for index, block in value.blocks():
+                # One block is written and summed while the next is made: memory holds two of them.
+                if written is not None:
+                    await written
+                    crc = summed.result()
+                written, summed = store[index].write(block), pool.submit(checksum, block, crc)
+            await written
+        self._done(name, summed.result())
 
     async def deserialize(self, infos, args=None):
         raise NotImplementedError("arrays are read by orbax's own handlers")

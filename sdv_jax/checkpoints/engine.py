@@ -10,22 +10,15 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from sdv_jax.checkpoints.rules.table import Rule, Rules
+from sdv_jax.checkpoints.packing import Buffers, all_finite, packed
+from sdv_jax.checkpoints.rules.table import SAME, Rule, Rules
 from sdv_jax.checkpoints.safetensors_io import BLOCK_BYTES, Tensor, listing, rows_per_block
 from sdv_jax.errors import UserError
 from sdv_jax.sharding import dotted
 
-# Exponent bits all set = infinite or not a number. Testing bits needs no conversion and serves every width alike.
-_EXPONENT = {
-    np.dtype(np.float64): (np.uint64, 0x7FF0000000000000),
-    np.dtype(np.float32): (np.uint32, 0x7F800000),
-    np.dtype(np.float16): (np.uint16, 0x7C00),
-    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
-}
 _MOST_ELEMENTS = 2**48  # a config with a few zeros too many goes far beyond, where numpy itself gives up
 
 Index = tuple[slice, ...]
@@ -110,53 +103,67 @@ class Source:
         found = {self.tensors[name].dtype for name in leaf.names}
         return found.pop() if len(found) == 1 else np.result_type(np.float32, *(d for d in found if d.itemsize > 4))
 
-    def layer(self, leaf: Leaf, index: int) -> np.ndarray:
-        """Layer `index` of `leaf` in our layout and the file's dtype (the whole leaf, if it is not stacked)."""
-        return leaf.rule.transform.to_ours(self.tensors[leaf.names[index]].read())
-
     def read(self, leaf: Leaf, index: Index, dtype: np.dtype) -> np.ndarray:
         """The part `index` of `leaf` as `dtype`. Holds one tensor at a time; raises UserError at a NaN or infinity."""
         if not leaf.rule.stacked:
-            return self._checked(self.layer(leaf, 0)[index], leaf.names[0], dtype)
+            return self._block(leaf, 0, self._values(leaf, 0, index), dtype)
         layers = range(*index[0].indices(leaf.shape[0]))
         out = None
         for place, number in enumerate(layers):
-            part = self._checked(self.layer(leaf, number)[index[1:]], leaf.names[number], dtype)
+            part = self._block(leaf, number, self._values(leaf, number, index[1:]), dtype)
             out = np.empty((len(layers), *part.shape), dtype) if out is None else out
             out[place] = part
         return out
 
     def blocks(self, leaf: Leaf, dtype: np.dtype) -> Iterator[tuple[Index, np.ndarray]]:
-        """(where, values as `dtype`) of each block of `leaf`, in C order. Raises UserError at a NaN or infinity."""
+        """(where, values as `dtype`) of each block of `leaf`, in C order.
+
+        A block stands until the next but one is asked for. Raises UserError at a NaN or infinity.
+        """
         chunk = leaf.chunk(dtype)
         if chunk == leaf.shape:
             whole = tuple(slice(0, n) for n in leaf.shape)
-            yield whole, np.ascontiguousarray(self.read(leaf, whole, dtype))
+            yield whole, self.read(leaf, whole, dtype)
             return
-        held, values = None, None
+        held, values, memory, buffers = None, None, Buffers(1), Buffers(2)
         for index in leaf.blocks(chunk):
             number, inside = (index[0].start, index[1:]) if leaf.rule.stacked else (0, index)
-            if held != number:
-                values = None  # before the next one is read, so that two tensors are never held at once
-                held, values = number, self.layer(leaf, number)
-            block = np.ascontiguousarray(self._checked(values[inside], leaf.names[number], dtype))
+            if leaf.rule.transform is SAME:
+                part = self._values(leaf, number, inside, buffers)
+            else:
+                if held != number:
+                    held, values = number, self._values(leaf, number, (), memory)
+                    for name in leaf.names[number + 1 : number + 2]:
+                        self.tensors[name].expect()
+                part = values[inside]
+                if part.flags.c_contiguous:  # it would be no copy, and not stand when the next tensor is read
+                    part = part.copy()
+            block = self._block(leaf, number, part, dtype, buffers)
             yield index, block[None] if leaf.rule.stacked else block
 
-    def _checked(self, values: np.ndarray, name: str, dtype: np.dtype) -> np.ndarray:
-        values = values.astype(dtype, copy=False)
-        kind, mask = _EXPONENT[values.dtype]
-        bits = values.view(kind) if values.ndim else values.reshape(1).view(kind)
-        if np.any((bits & kind(mask)) == kind(mask)):
-            raise UserError(f"{self.where}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
+    def _values(self, leaf: Leaf, number: int, inside: Index, buffers: Buffers | None = None) -> np.ndarray:
+        """Part `inside` of layer `number` in our layout and the file's dtype; of what is kept as it is, no more rows
+        are read than that."""
+        tensor = self.tensors[leaf.names[number]]
+        if inside and leaf.rule.transform is SAME:
+            return tensor.read(inside[0], buffers=buffers)[(slice(None), *inside[1:])]
+        return leaf.rule.transform.to_ours(tensor.read(buffers=buffers))[inside]
+
+    def _block(
+        self, leaf: Leaf, number: int, values: np.ndarray, dtype: np.dtype, buffers: Buffers | None = None
+    ) -> np.ndarray:
+        values = packed(values, buffers).astype(dtype, copy=False)
+        if not all_finite(values):
+            raise UserError(
+                f"{self.where}: tensor {leaf.names[number]} holds NaN or infinite values; the checkpoint is damaged"
+            )
         return values
 
     def check_tied(self) -> None:
         """Raises UserError where a tied tensor is stored under several names with different values."""
         for first, *others in self.tied.values():
             for other in others:
-                if (first.dtype, first.shape) != (other.dtype, other.shape) or checksum(first.read()) != checksum(
-                    other.read()
-                ):
+                if (first.dtype, first.shape) != (other.dtype, other.shape) or _sum(first) != _sum(other):
                     raise UserError(
                         f"{self.where}: {first.name} and {other.name} differ, but are one tied tensor in this model"
                     )
@@ -176,6 +183,13 @@ def match(tensors: Mapping[str, Tensor], leaves: tuple[Leaf, ...], rules: Rules,
     if problems:
         raise UserError(f"{where}: the weights do not fit the config: {listing(problems)}")
     return Source(where, leaves, named, tied)
+
+
+def _sum(tensor: Tensor) -> int:
+    crc = 0
+    for block in tensor.blocks():
+        crc = checksum(block, crc)
+    return crc
 
 
 def checksum(block: np.ndarray, before: int = 0) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from sdv_jax.checkpoints.packing import Buffers, packed
 from sdv_jax.errors import UserError
 
 DTYPES = {
@@ -51,12 +52,20 @@ class Tensor:
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def read(self) -> np.ndarray:
-        """The tensor as a numpy array of its own dtype (bfloat16 through ml_dtypes)."""
-        buffer = np.empty(self.shape, self.dtype)
+    def read(self, rows: slice | None = None, *, buffers: Buffers | None = None) -> np.ndarray:
+        """The tensor, or some rows of its first axis, as a numpy array of its own dtype (bfloat16 through ml_dtypes).
+
+        Made in `buffers`, if there are any, instead of new memory.
+        """
+        shape, start = self.shape, self.start
+        if rows is not None:
+            first, stop, _ = rows.indices(shape[0])
+            start += first * (self.nbytes // shape[0])
+            shape = (stop - first, *shape[1:])
+        buffer = (buffers or Buffers(1)).empty(shape, self.dtype)
         view = memoryview(buffer.reshape(-1).view(np.uint8))
         with open(self.file, "rb", buffering=0) as f:
-            f.seek(self.start)
+            f.seek(start)
             done = 0
             while done < len(view):
                 got = f.readinto(view[done : done + BLOCK_BYTES])
@@ -66,6 +75,24 @@ class Tensor:
                     )
                 done += got
         return buffer
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """The tensor in pieces along its first axis, each of at most `BLOCK_BYTES` where a row fits.
+
+        A piece stands until the next one is asked for.
+        """
+        if self.nbytes <= BLOCK_BYTES:
+            yield self.read()
+            return
+        step, buffers = rows_per_block(self.shape, self.dtype.itemsize), Buffers(1)
+        for start in range(0, self.shape[0], step):
+            yield self.read(slice(start, start + step), buffers=buffers)
+
+    def expect(self) -> None:
+        """Tells the system that the tensor is read next, so that the disk works meanwhile."""
+        if hasattr(os, "posix_fadvise"):  # not everywhere
+            with open(self.file, "rb", buffering=0) as f:
+                os.posix_fadvise(f.fileno(), self.start, self.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def read_header(file: Path, *, dtypes: Mapping[str, np.dtype] = DTYPES) -> dict[str, Tensor]:
@@ -272,7 +299,7 @@ def rows_of(array: np.ndarray, limit: int = BLOCK_BYTES) -> Iterator[np.ndarray]
         return
     step = rows_per_block(array.shape, array.dtype.itemsize, limit)
     for start in range(0, array.shape[0], step):
-        yield np.ascontiguousarray(array[start : start + step])
+        yield packed(array[start : start + step])
 
 
 def rows_per_block(shape: Sequence[int], itemsize: int, limit: int = BLOCK_BYTES) -> int:

@@ -197,8 +197,8 @@ REFUSALS = {
     "no model_index.json": (lambda s: (s / "model_index.json").unlink(), "no model_index.json"),
     "broken model_index.json": (lambda s: (s / "model_index.json").write_text("{"), "not readable as JSON"),
     "unknown pipeline": (
-        lambda s: edit(s / "model_index.json", _class_name="WanPipeline"),
-        "unknown pipeline class 'WanPipeline'",
+        lambda s: edit(s / "model_index.json", _class_name="FluxPipeline"),
+        "unknown pipeline class 'FluxPipeline'",
     ),
     "unknown class in the index": (
         lambda s: edit(s / "model_index.json", vae=["diffusers", "AutoencoderKLWan"]),
