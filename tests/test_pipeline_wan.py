@@ -63,6 +63,15 @@ def test_there_and_back_is_bit_equal(folders, tmp_path, kind):
     )
 
 
+def test_half_precision_keeps_time_and_modulation_exact(folders, tmp_path):
+    convert(folders["t2v"], tmp_path / "ours", dtype="bfloat16", progress=False)
+    config = read_config(tmp_path / "ours")
+    assert config["dtype"] == {"transformer": "bfloat16+float32", "vae": "bfloat16", "text_encoder": "bfloat16"}
+    module = model_folder.load_component(tmp_path / "ours", "transformer", "bfloat16")
+    assert module.scale_shift_table.dtype == module.condition_embedder.time_embedder.linear_1.kernel.dtype == "float32"
+    assert module.proj_out.kernel.dtype == "bfloat16"
+
+
 def test_verification_compares_every_part(folders, tmp_path, capsys):
     convert(folders["a14b"], tmp_path / "ours", verify=True, progress=False)
     told = capsys.readouterr().out

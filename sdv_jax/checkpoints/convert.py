@@ -11,6 +11,7 @@ import numpy as np
 from sdv_jax.checkpoints import arrays, diffusers_folder, model_folder, original_wan
 from sdv_jax.checkpoints.engine import Leaf, Source
 from sdv_jax.checkpoints.model_folder import MODEL_FILE, Stored, file_sum
+from sdv_jax.checkpoints.rules.table import SAME
 from sdv_jax.checkpoints.safetensors_io import CODES, DTYPES, SHARD_BYTES, Output, rows_of, write_folder, write_json
 from sdv_jax.checkpoints.staging import staged
 from sdv_jax.errors import UserError
@@ -32,7 +33,8 @@ def convert(
     `src` is a diffusers pipeline or an original release of Wan, a folder of either kind or a Hugging Face id.
 
     Args:
-      dtype: "float32" or "bfloat16"; absent, every tensor keeps the dtype it has.
+      dtype: "float32" or "bfloat16" (but for the few tensors that the family keeps exact, as diffusers does); absent,
+        every tensor keeps the dtype it has.
       verify: run both models on random inputs before `dst` appears (see `verify.py`); needs torch and diffusers.
       progress: show bars on stderr.
 
@@ -59,7 +61,10 @@ def convert(
             errors.append(str(error))
     diffusers_folder.raise_all(errors)
     kinds = {
-        name: {leaf.path: _DTYPES[dtype] if dtype else source.dtype_of(leaf) for leaf in source.leaves}
+        name: {
+            leaf.path: family.components[name].dtype_of(leaf.path, _DTYPES[dtype]) if dtype else source.dtype_of(leaf)
+            for leaf in source.leaves
+        }
         for name, source in sources.items()
     }
     needed = sum(
@@ -178,12 +183,15 @@ class _Layer:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         stored, leaf, layer, dtype = self._take
-        index = tuple(slice(0, n) for n in leaf.shape)
         if leaf.rule.stacked:
-            values = stored.read(leaf, (slice(layer, layer + 1), *index[1:]), dtype)[0]
+            index = slice(layer, layer + 1), *(slice(0, n) for n in leaf.shape[1:])
+            yield from rows_of(leaf.rule.transform.to_torch(stored.read(leaf, index, dtype)[0]))
+        elif leaf.rule.transform is SAME:  # as a table of embeddings, the largest tensor there is
+            for index in leaf.blocks(leaf.chunk(dtype)):
+                yield stored.read(leaf, index, dtype)
         else:
-            values = stored.read(leaf, index, dtype)
-        yield from rows_of(leaf.rule.transform.to_torch(values))
+            index = tuple(slice(0, n) for n in leaf.shape)
+            yield from rows_of(leaf.rule.transform.to_torch(stored.read(leaf, index, dtype)))
 
 
 def _counted(blocks, advance) -> Iterator[np.ndarray]:
