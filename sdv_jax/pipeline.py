@@ -104,8 +104,8 @@ class Pipeline:
             even number of latent frames; the first of one too many is dropped before decoding.
           reference_latents: [b, k, h', w', c] or [k, h', w', c] instead of `reference`, in the transformer's scale.
           step_noise: [steps, b, t', h', w', c], what a stochastic solver adds in each step instead of drawing it.
-          image: the first frame, for image-to-video models; one picture, as `reference`, for all videos or a list of one
-            per prompt; cut to the video's shape.
+          image: the first frame, for image-to-video models; one picture, as `reference`, for all videos or a list of
+            one per prompt; cut to the video's shape.
           image_latents: [b, 1, h', w', c] instead of `image`, in the scale the model wants of it.
           guidance_2: of the second expert, where there are two; absent: `guidance` if that is given, else the model's.
           scheduler: a solver instead of the checkpoint's own: "ddim" or "dpm" (CogVideoX), "unipc" or "euler" (Wan).
@@ -306,8 +306,8 @@ class Pipeline:
     def _check_takes_image(self) -> None:
         if self.traits.image_latents is None:
             raise UserError(
-                "image: this is no image-to-video model (CogVideoX-5b-I2V, CogVideoX1.5-5B-I2V and Wan2.2-TI2V-5B are); "
-                "leave it away, or give a picture of the subject as reference"
+                "image: this is no image-to-video model (CogVideoX-5b-I2V, CogVideoX1.5-5B-I2V and Wan2.2-TI2V-5B are);"
+                " leave it away, or give a picture of the subject as reference"
             )
 
     def _noise(self, request: Request, latents, step_noise) -> tuple[Array, Array | None]:
@@ -332,6 +332,8 @@ class Pipeline:
         """The VAE's tiles, if they are wanted. Raises UserError where their seams would not meet."""
         if not wanted:
             return None
+        if self.runtime.vae_tiling is None:
+            raise UserError("tiling: this model's VAE has no tiles; leave tiling off")
         self.runtime.vae_tiling.check(self.geometry.spatial)
         return self.runtime.vae_tiling
 

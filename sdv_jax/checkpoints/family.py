@@ -90,7 +90,7 @@ class Family:
     Attributes:
       name: as model.json has it.
       pipelines: the diffusers classes whose folders are read; the first is the one a new model is written for.
-      components: by folder name; those that are `optional` may be absent.
+      components: by folder name: transformer, vae and text_encoder, and `optional` ones, which may be absent.
       denoisers: the components that predict, noisiest expert first.
       scheduler: parses scheduler_config.json; `schedulers`: names users have for the classes it knows.
       variants: published name -> config whose attributes are the component configs.

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def verify(
     rows = []
     print(f"{'component':<20} {'max error':>10} {'relative':>10}")
     for name, config in about.configs.items():
-        theirs = _load_torch(src, name, about.raw)
+        theirs = _load_torch(src, name, about.raw, peer)
         ours = model_folder.load_component(model, name, "float32")
         for row in peer.comparisons(name, config, theirs, np.random.default_rng(seed)):
             part = f"{row.part}, expert 2" if name == "transformer_2" else row.part
@@ -84,13 +85,14 @@ def require_torch() -> None:
         ) from None
 
 
-def _load_torch(folder: Path, name: str, config: dict):
+def _load_torch(folder: Path, name: str, config: dict, peer: ModuleType):
+    """The component as its own library loads it; a class that diffusers lacks is the peer's."""
     import diffusers
     import torch
     import transformers
 
     library, kind = config["model_index"][name]
-    cls = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
+    cls = getattr(peer, kind, None) or getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
     model = cls.from_pretrained(folder / name, variant=variant_of(weights_file(folder / name).name))
     stored = getattr(torch, config.get("dtype", {}).get(name, ""), None)
     for parameter in model.requires_grad_(False).parameters():

@@ -40,7 +40,7 @@ class LatentScale:
         return (x * (1 / self._row(self.scale)) + self._row(self.shift)).astype(x.dtype)
 
     def draw(self, mean: Float[Array, "*b c"], logvar: Float[Array, "*b c"], key: Key[Array, ""]) -> Array:
-        """Latents in the transformer's scale from the VAE's moments; `key` is not read where the mean is what counts."""
+        """Latents in the transformer's scale from the VAE's moments; `key` is not read where the mean counts."""
         if not self.sampled:
             return self.to_model(mean)
         return self.to_model(mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape, jnp.float32))
@@ -80,7 +80,7 @@ class Geometry:
         """How many frames come out of the decoder for the latents of `num_frames`.
 
         diffusers' CogVideoX VAE, and so ours, knows the lone first frame by an odd number of latent frames; of an
-        even number every latent frame, the first too, becomes `temporal` frames. That shows in a period of 2 · temporal.
+        even number every latent frame, the first too, becomes `temporal` frames. It shows in a period of 2 · temporal.
         """
         latents = (num_frames - 1) // self.temporal + 1
         return latents * self.temporal if self.period > self.temporal and latents % 2 == 0 else num_frames
@@ -108,7 +108,7 @@ class Traits:
       text_masked: padding is hidden from the text encoder and zero afterwards, instead of being attended to.
       clean_text: what is done to a prompt before it is tokenised.
       steps, guidance, fps: defaults of sampling.
-      boundary: the timestep, as a share of all, from which on up the first of two experts denoises; None for one expert.
+      boundary: the timestep, as a share of all, from which on up the first of two experts denoises; None for one.
       second_guidance: default guidance of the second expert; None: as the first.
     """
 
@@ -125,6 +125,17 @@ class Traits:
     clean_text: Callable[[str], str] = str
     boundary: float | None = None
     second_guidance: float | None = None
+
+
+def check_references_before(reference: Mapping | None, family: str) -> None:
+    """For families whose references stand before the clip, always: the settings that would move them have to be as in
+    configs/base.py. Raises UserError.
+    """
+    fixed = {"placement": "before", "offset": 1, "shift": 1.0}
+    for key, value in (reference or {}).items():
+        if value != fixed.get(key):
+            told = f"reference.{key} is {value!r}"
+            raise UserError(f"{told}, expected {fixed.get(key)!r}: {family} takes references before the clip only")
 
 
 def check_defaults(raw: Mapping, where: str) -> dict:

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from sdv_jax.checkpoints.family import Component, Family
 from sdv_jax.checkpoints.rules import t5
 from sdv_jax.diffusion.schedules import SchedulerConfig
-from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox import LORA_TARGETS, SHARDING, VARIANTS, rules
 from sdv_jax.models.cogvideox.transformer import Transformer, TransformerConfig
 from sdv_jax.models.cogvideox.vae import VAE, VAEConfig
-from sdv_jax.models.contract import Geometry, LatentScale, Traits
+from sdv_jax.models.contract import Geometry, LatentScale, Traits, check_references_before
 from sdv_jax.models.text.t5 import T5Config, T5Encoder
 
 
@@ -41,12 +40,8 @@ def traits(configs: Mapping[str, object], about: Mapping) -> Traits:
 
 
 def options(adaln: str, reference: Mapping | None) -> dict:
-    """References stand before the clip, always: what would move them has to be as in configs/base.py."""
-    fixed = {"placement": "before", "offset": 1, "shift": 1.0}
-    for key, value in (reference or {}).items():
-        if value != fixed.get(key):
-            told = f"reference.{key} is {value!r}"
-            raise UserError(f"{told}, expected {fixed.get(key)!r}: CogVideoX takes references before the clip only")
+    """References stand before the clip, always."""
+    check_references_before(reference, "CogVideoX")
     return {"adaln_lora": adaln}
 
 
