@@ -25,9 +25,9 @@ from sdv_jax.typing import Array, Float
 
 __all__ = ["VAE", "Tiling", "VAEConfig"]
 
-# Pixels of the video that are encoded or decoded at once, at least one latent frame of it: the largest arrays hold
-# about 100 times as many numbers (96 channels in 2.1). 10 frames of 832x480, or any clip of the small world.
-PIECE_PIXELS = 2**22
+# Pixels of the video that are encoded or decoded at once, but at least one latent frame of it: the largest arrays hold
+# about 100 numbers for each (2.1 has 96 channels). One latent frame of 832x480, or any clip of the small world.
+PIECE_PIXELS = 2**21
 
 _ENCODED_AT_ONCE = 4  # frames that upstream encodes together; those left over at the end are not encoded
 _LOGVAR_RANGE = (-30.0, 20.0)
