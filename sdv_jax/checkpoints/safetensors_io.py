@@ -84,7 +84,7 @@ class Tensor:
         if self.nbytes <= BLOCK_BYTES:
             yield self.read()
             return
-        step, buffers = rows_per_block(self.shape, self.dtype.itemsize), Buffers(1)
+        step, buffers = rows_per_block(self.shape, self.dtype.itemsize, BLOCK_BYTES), Buffers(1)
         for start in range(0, self.shape[0], step):
             yield self.read(slice(start, start + step), buffers=buffers)
 

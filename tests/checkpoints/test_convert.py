@@ -391,13 +391,15 @@ print(peak() - before, before)
 
 
 @pytest.mark.parametrize(
-    "size",
+    "size, most",
     [
-        {"vocab": 120_000, "layers": 1, "ff": 64, "kind": "float32"},  # one tensor of 246 MB
-        {"vocab": 64, "layers": 24, "ff": 8192, "kind": "bfloat16"},  # three stacks of 201 MB, tensors of 8 MB
+        # One tensor of 246 MB, but an embedding, which is read by rows.
+        ({"vocab": 120_000, "layers": 1, "ff": 64, "kind": "float32"}, 240e6),
+        # Three stacks of 201 MB, tensors of 8 MB.
+        ({"vocab": 64, "layers": 24, "ff": 8192, "kind": "bfloat16"}, 160e6),
     ],
 )
-def test_memory_stays_near_one_tensor(source, tmp_path, size):
+def test_memory_does_not_grow_with_the_model(source, tmp_path, size, most):
     largest = enlarge(source, **size)
     for action, paths in (
         ("convert", (source, tmp_path / "model")),
@@ -409,5 +411,4 @@ def test_memory_stays_near_one_tensor(source, tmp_path, size):
         growth, before = map(int, run.stdout.split())
         megabytes = [round(count / 1e6) for count in (largest, growth, before)]
         print("{}: largest tensor {} MB, growth {} MB over {} MB of imports".format(action, *megabytes))
-        # The imports alone take most of the 500 MB that are allowed beyond the tensor, hence the narrower bound.
-        assert growth <= 1.5 * largest + 150e6
+        assert growth <= most

@@ -103,6 +103,19 @@ def refused(file, *parts: str) -> None:
     assert "\n" not in line and all(part in line for part in parts), line
 
 
+def test_rows_are_read_alone(tmp_path, monkeypatch):
+    values = np.arange(60, dtype=np.float32).reshape(10, 6)
+    safetensors.numpy.save_file({"first": np.zeros(3, np.float32), "x": values}, tmp_path / "model.safetensors")
+    tensor = open_folder(tmp_path)["x"]
+    np.testing.assert_array_equal(tensor.read(slice(3, 7)), values[3:7])
+    np.testing.assert_array_equal(tensor.read(slice(8, 99)), values[8:])
+    monkeypatch.setattr("sdv_jax.checkpoints.safetensors_io.BLOCK_BYTES", 100)  # four rows
+    tensor.expect()
+    pieces = [piece.copy() for piece in tensor.blocks()]
+    assert [len(piece) for piece in pieces] == [4, 4, 2]
+    np.testing.assert_array_equal(np.concatenate(pieces), values)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -1])
 def test_truncated_file(file, keep):
     file.write_bytes(file.read_bytes()[:keep])
