@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -165,6 +166,38 @@ def test_examples_of_a_batch_are_independent():
     both = run(model, (latents, text, timesteps, None))
     alone = run(model, (latents[1:], text[1:], timesteps[1:], None))
     np.testing.assert_allclose(both[1:], alone, atol=1e-5)
+
+
+def test_learned_positions_on_a_mesh():
+    """They are the one leaf besides matrices that is cut: eight devices give what one gives."""
+    script = """
+import jax, jax.numpy as jnp
+from flax import nnx
+from sdv_jax.models.cogvideox import SHARDING
+from sdv_jax.models.cogvideox.transformer import Transformer, TransformerConfig
+from sdv_jax.sharding import shardings
+
+config = TransformerConfig(
+    num_attention_heads=2, attention_head_dim=16, in_channels=8, out_channels=4, time_embed_dim=8, text_embed_dim=16,
+    num_layers=1, sample_width=6, sample_height=4, sample_frames=9, max_text_seq_length=5,
+    use_rotary_positional_embeddings=True, use_learned_positional_embeddings=True,
+)
+graph, state = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))
+keys = jax.random.split(jax.random.key(0), 2)
+latents, text = jax.random.normal(keys[0], (1, 3, 4, 6, 4)), jax.random.normal(keys[1], (1, 5, 16))
+run = jax.jit(lambda state, *given: nnx.merge(graph, state)(*given, reference=given[0][:, :1]))
+alone = run(state, latents, text, jnp.array([7]))
+mesh = jax.make_mesh((8,), ("fsdp",))
+with jax.set_mesh(mesh):
+    spread = jax.device_put(state, shardings(state, SHARDING, mesh))
+    assert "fsdp" in spread.patch_embed.pos_embedding[...].sharding.spec
+    together = run(spread, *jax.device_put((latents, text, jnp.array([7])), jax.NamedSharding(mesh, jax.P())))
+assert jnp.allclose(jax.device_get(together), jax.device_get(alone), atol=1e-5)
+"""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    root = pathlib.Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_import_has_no_effects():

@@ -155,5 +155,5 @@ def test_texts_and_latents_that_are_refused():
     latents, text, timesteps = inputs(ours.config, frames=3, height=8, width=12)
     with pytest.raises(UserError, match="^the text has 5 tokens; expected 7 "):
         run_ours(ours, latents, text[:, :5], timesteps)
-    with pytest.raises(UserError, match="^latents have 8 channels; expected 4$"):
+    with pytest.raises(UserError, match="^latents have 8 channels; expected 4"):
         run_ours(ours, np.concatenate([latents, latents], -1), text, timesteps)

@@ -75,8 +75,8 @@ class _InMemory(Tensor):
         array = value.detach().float().numpy()
         return cls(Path("memory"), name, array.dtype, array.shape, 0, array)
 
-    def read(self) -> np.ndarray:
-        return self.value
+    def read(self, rows=None, *, buffers=None) -> np.ndarray:
+        return self.value if rows is None else self.value[rows]
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "adaln_lora"))

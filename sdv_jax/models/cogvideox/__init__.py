@@ -49,10 +49,12 @@ VARIANTS = {
 # "." + entry, so that "proj" hits patch_embed.proj and every ff.net.0.proj too.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.linear", "norm2.linear", "ff.net.2")
 
-# FSDP: each block matrix is cut along its input axis; vectors and the small matrices outside the blocks are replicated.
+# FSDP: each block matrix is cut along its input axis, and so are the text's and the output's; learned positions are cut
+# along their width; vectors and the small matrices outside the blocks are replicated.
 SHARDING = (
     (r"\.lora\.(a|b)$", jax.P()),
     (r"^blocks\..*\.kernel$", jax.P(None, "fsdp", None)),
+    (r"^patch_embed\.pos_embedding$", jax.P(None, "fsdp")),
     (r"^(patch_embed\.text_proj|norm_out\.linear|proj_out)\.kernel$", jax.P("fsdp", None)),
     (r"^(blocks|patch_embed|time_embedding|ofs_embedding|norm_final|norm_out|proj_out)\.", jax.P()),
 )

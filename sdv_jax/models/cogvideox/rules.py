@@ -4,6 +4,7 @@ from sdv_jax.checkpoints.rules.table import CONV2D, CONV3D, LINEAR, Rule, Rules,
 from sdv_jax.models.cogvideox.transformer import TransformerConfig
 
 _BLOCK = "transformer_blocks.{l}."
+_WITHOUT_BATCH = Transform(lambda a: a[0], lambda a: a[None])  # [1, n, d] <-> [n, d]
 
 
 def _linear(torch: str, ours: str) -> tuple[Rule, Rule]:
@@ -33,7 +34,7 @@ def transformer(patch_size: int = 2, patch_size_t: int | None = None) -> Rules:
         table=(
             Rule("patch_embed.proj.weight", "patch_embed.proj.kernel", _flat_patches((t, p, p)) if t else patches(p)),
             Rule("patch_embed.proj.bias", "patch_embed.proj.bias"),
-            Rule("patch_embed.pos_embedding", "patch_embed.pos_embedding"),
+            Rule("patch_embed.pos_embedding", "patch_embed.pos_embedding", _WITHOUT_BATCH),
             *_linear("patch_embed.text_proj", "patch_embed.text_proj"),
             *_linear("{at:time_embedding|ofs_embedding}.{part:linear_1|linear_2}", "{at}.{part}"),
             *_linear(_BLOCK + "{norm:norm1|norm2}.linear", "blocks.{norm}.linear"),

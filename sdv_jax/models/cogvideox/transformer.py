@@ -22,6 +22,7 @@ from sdv_jax.nn.linear import Linear
 from sdv_jax.nn.modulation import AdaLayerNormOut, AdaLayerNormZero, gated, keep_tokens
 from sdv_jax.nn.norms import LayerNorm
 from sdv_jax.nn.stack import scan_blocks, stack
+from sdv_jax.sharding import reshard
 from sdv_jax.typing import Array, Float, Int
 
 OFS = 2.0  # the one value that models with an ofs embedding are given (diffusers' CogVideoXImageToVideoPipeline)
@@ -221,7 +222,7 @@ class PatchEmbed(nnx.Module):
         if c.use_learned_positional_embeddings:
             grid = (c.latent_frames, c.sample_height // c.patch_size, c.sample_width // c.patch_size)
             start = jnp.pad(sincos(c, grid), ((c.max_text_seq_length, 0), (0, 0)))
-            self.pos_embedding = nnx.Param(start[None].astype(dtype))  # [1, words and pixels of a whole clip, d]
+            self.pos_embedding = nnx.Param(start.astype(dtype))  # [words and pixels of a whole clip, d]
 
     def pixels(self, latents: Float[Array, "b t h w i"]) -> Float[Array, "b n d"]:
         """Tokens in (t, h, w) order."""
@@ -245,7 +246,7 @@ class PatchEmbed(nnx.Module):
             raise UserError(f"the text has {words} tokens; expected {c.max_text_seq_length} (max_text_seq_length), the "
                             "only length that this model has learned positions for")
         if (frames - 1) * c.temporal_compression_ratio + 1 == c.sample_frames:
-            told, clip = jnp.split(self.pos_embedding[0], [words])
+            told, clip = jnp.split(reshard(self.pos_embedding[...], jax.P()), [words])
         else:
             told, clip = None, sincos(c, grid)
         return told, jnp.concatenate([clip[: height * width]] * references + [clip])
