@@ -88,13 +88,15 @@ def measure(folder: Path, options: argparse.Namespace) -> dict:
 
 def table(report: dict) -> str:
     """The report for people."""
-    rates = report["megabytes_per_second"]
+    rates, turns = report["megabytes_per_second"], report["turns"]
+    growth, imports = report["peak_growth_bytes"] / 1e6, report["imports_bytes"] / 1e6
     return "\n".join(
         [
             f"{report['bytes'] / 1e9:.1f} GB, largest tensor {report['largest_tensor_bytes'] / 1e6:.0f} MB",
-            f"convert  {rates['convert']:6.0f} MB/s, {report['convert_to_copy']:.2f} of the copy's rate",
+            f"convert  {rates['convert']:6.0f} MB/s, {report['convert_to_copy']:.2f} of the copy's rate; "
+            f"{statistics.median(turns['convert_cpu']):.0f} s of processor time",
             f"copy     {rates['copy']:6.0f} MB/s",
-            f"memory   {report['peak_growth_bytes'] / 1e6:6.0f} MB above {report['imports_bytes'] / 1e6:.0f} of imports",
+            f"memory   {growth:6.0f} MB above {imports:.0f} of imports",
         ]
     )
 
