@@ -13,7 +13,7 @@ from configs import small_world_base
 def get_config():
     config = small_world_base.get_config()
     config.model.family = "wan"
-    config.train.steps = 3000
+    config.train.steps = 6000
     config.model.transformer = dict(
         num_attention_heads=5, attention_head_dim=32, in_channels=12, out_channels=12, text_dim=64,
         freq_dim=64, ffn_dim=640, num_layers=6,

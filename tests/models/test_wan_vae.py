@@ -216,8 +216,7 @@ def test_only_narrow_heads_go_to_the_flash_kernel(monkeypatch, channels, wide):
         ({"patch_size": 0}, "patch_size = 0; expected a whole number >= 1"),
         ({"patch_size": 2}, "in_channels = 3; expected a multiple of 4"),
         ({"in_channels": 12, "patch_size": 2}, "out_channels = 3; expected a multiple of 4"),
-        ({"scale_factor_spatial": 16}, "scale_factor_spatial = 16; expected 8, which is what the blocks make"),
-        ({"scale_factor_temporal": 8}, "scale_factor_temporal = 8; expected 4"),
+        ({"scale_factor_spatial": 0}, "scale_factor_spatial = 0; expected a whole number >= 1"),
         ({"clip_output": "no"}, "clip_output = 'no'; expected true or false"),
     ],
 )

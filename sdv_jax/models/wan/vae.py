@@ -48,7 +48,8 @@ class VAEConfig:
     """The keys of a Wan `vae/config.json`, with diffusers' defaults, which are Wan 2.1's.
 
     latents_mean and latents_std are for whoever calls the VAE. dropout is a matter of upstream's training, clip_output
-    is published with Wan 2.2 and has no effect upstream either: decoded pixels are always clipped.
+    is published with Wan 2.2 and has no effect upstream either: decoded pixels are always clipped. The scale factors
+    are notes, which small models often leave at their defaults: what the blocks make is what counts.
 
     Raises:
       UserError: for a combination of values that no model can have.
@@ -90,13 +91,9 @@ class VAEConfig:
             if getattr(self, name) % patch:
                 expected = f"a multiple of {patch}, the pixels of a patch"
                 refuse("vae config", name, getattr(self, name), expected)
-        compression = {
-            "scale_factor_temporal": self.temporal_compression,
-            "scale_factor_spatial": self.spatial_compression,
-        }
-        for name, made in compression.items():
-            if getattr(self, name) not in (None, made):
-                refuse("vae config", name, getattr(self, name), f"{made}, which is what the blocks make")
+        for name in ("scale_factor_temporal", "scale_factor_spatial"):
+            if getattr(self, name) is not None:
+                check_whole("vae config", name, getattr(self, name))
 
     def _check_blocks(self):
         factors, times = self.dim_mult, self.temperal_downsample
