@@ -209,8 +209,8 @@ def _converted(network):
     from flax import nnx
 
     from sdv_jax.checkpoints.diffusers_folder import open_component, parse_component, read_json
-    from sdv_jax.models.cogvideox.family import FAMILY as COGVIDEOX
     from sdv_jax.checkpoints.model_folder import fill
+    from sdv_jax.models.cogvideox.family import FAMILY as COGVIDEOX
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

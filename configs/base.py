@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     text.train_encoder = False  # train the text encoder with the transformer (mode full, data with token ids)
 
     config.noise = noise = ConfigDict()
-    noise.timesteps = "uniform"  # law of the training timestep: uniform (CogVideoX; Wan, before its shift) | logit_normal
+    noise.timesteps = "uniform"  # law of the timestep: uniform (CogVideoX; Wan, before its shift) | logit_normal
     noise.logit_mean = 0.0  # mean of the logit of t / T under logit_normal
     noise.logit_std = 1.0  # standard deviation of the logit of t / T under logit_normal
     noise.shift = 0.0  # flow models: shift of drawn timesteps towards noise; 0 = the scheduler's own (our choice)
@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
     lora.targets = ()  # PEFT suffixes; empty = the family's LORA_TARGETS (CogVideoX: paper A's list)
     lora.adaln = "all"  # streams that the adaLN adapter acts on: all (the released runs) | reference (as they meant)
 
-    config.reference = reference = ConfigDict()  # where reference tokens stand (paper A: only that Wan needs another way)
+    config.reference = reference = ConfigDict()  # where reference tokens stand (paper A: Wan needs another way)
     reference.placement = ""  # before (the clip, as one more frame) | after; empty = CogVideoX before, Wan after
     reference.offset = 1  # after: time slots from the clip's last frame to the first reference (our choice)
     reference.shift = 1.0  # Wan: grid widths that references stand aside (our choice)

@@ -1,4 +1,6 @@
-"""A diffusers pipeline folder (or Hugging Face id) to a folder of this project: `sdv convert` as a script.
+"""A published model (diffusers folder, Wan's original release, Hugging Face id) to a folder of this project.
+
+`sdv convert` as a script:
 
 python convert/from_pytorch.py SRC DST [--dtype=float32|bfloat16] [--verify]
 """

@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _convert_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", metavar="SRC", help="a diffusers pipeline folder, or a Hugging Face id")
+    source = "a diffusers pipeline folder, an original release of Wan, or a Hugging Face id"
+    command.add_argument("source", metavar="SRC", help=source)
     command.add_argument("destination", metavar="DST", help="the folder to make; it must not exist")
     command.add_argument("--dtype", metavar="float32|bfloat16", help="of the stored weights; absent: as in the source")
     command.add_argument(
@@ -156,7 +157,8 @@ def _sample_arguments(command: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, metavar="G", help=guidance)
     add("--guidance-2", type=float, metavar="G", help="the same for the second expert of a model of two")
     add("--dynamic-guidance", action="store_true", help="CogVideoX's cosine law over the steps")
-    add("--scheduler", metavar="NAME", help="solver: ddim or dpm (CogVideoX), unipc or euler (Wan); default: the model's")
+    solvers = "solver: ddim or dpm (CogVideoX), unipc or euler (Wan); default: the model's"
+    add("--scheduler", metavar="NAME", help=solvers)
     add("--flow-shift", type=float, metavar="S", help="Wan: shift of the noise levels (default: the model's)")
     add("--seed", type=int, default=0, metavar="S", help="same seed, same video (default: 0)")
     add("--fps", type=float, metavar="F", help="frames per second of the file (default: the model's own)")
@@ -170,7 +172,7 @@ def _sample(options: argparse.Namespace) -> None:
     from sdv_jax.data.files import check_writable
     from sdv_jax.data.images import FITS, fit_image, read_image
     from sdv_jax.data.video import check_fps, to_uint8, write_contact_sheet, write_video
-    from sdv_jax.request import DTYPES, check_choice, check_request
+    from sdv_jax.request import DTYPES, check_choice, check_request, check_takes_image
 
     out = check_writable(options.out, what="video")
     if out.suffix.lower() != ".mp4":
@@ -186,9 +188,10 @@ def _sample(options: argparse.Namespace) -> None:
     check_choice(options.reference_fit, "reference fit", FITS)
     check_choice(options.dtype, "dtype", DTYPES)
     pictures = [read_image(path) for path in options.reference]
-    first_frame = read_image(options.image) if options.image else None
+    first_frame = read_image(options.image, name="image") if options.image else None
 
     from sdv_jax.checkpoints.model_folder import about
+    from sdv_jax.diffusion import with_flow_shift
     from sdv_jax.pipeline import load_pipeline
 
     names = ("prompt", "negative_prompt", "steps", "guidance", "guidance_2", "seed")
@@ -196,10 +199,14 @@ def _sample(options: argparse.Namespace) -> None:
     size = {name: getattr(options, name) for name in ("num_frames", "height", "width")}
     # A wrong number is told now, not after the weights are read.
     model = about(options.model)
-    steps = model.family.scheduler(model.raw["scheduler"]).num_train_timesteps
-    check_request(model.traits, **asked, size=tuple(size.values()), train_timesteps=steps)
+    scheduler = model.family.scheduler(model.raw["scheduler"])
+    check_request(model.traits, **asked, size=tuple(size.values()), train_timesteps=scheduler.num_train_timesteps)
     if options.scheduler is not None:
         check_choice(options.scheduler, "scheduler", tuple(model.family.schedulers))
+    if options.flow_shift is not None:
+        with_flow_shift(scheduler, options.flow_shift)
+    if first_frame is not None:
+        check_takes_image(model.traits)
     pipe = load_pipeline(
         options.model,
         adapter=options.adapter,

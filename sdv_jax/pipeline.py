@@ -32,7 +32,16 @@ from sdv_jax.errors import UserError
 from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.nn.modulation import STREAMS
 from sdv_jax.progress import Progress
-from sdv_jax.request import DTYPES, OUTPUTS, Request, check_array, check_choice, check_request, check_video_size
+from sdv_jax.request import (
+    DTYPES,
+    OUTPUTS,
+    Request,
+    check_array,
+    check_choice,
+    check_request,
+    check_takes_image,
+    check_video_size,
+)
 from sdv_jax.runtime import Runtime
 from sdv_jax.typing import Array, Float, Int
 
@@ -189,7 +198,7 @@ class Pipeline:
             check_array(reference_latents, "reference_latents", [batch, "k", height, width, g.channels])
             reference_latents = put(reference_latents)
         if image_latents is not None:
-            self._check_takes_image()
+            check_takes_image(self.traits)
             check_array(image_latents, "image_latents", [batch, 1, height, width, g.channels])
             image_latents = put(image_latents)
         if expert not in range(len(self.runtime.denoisers)):
@@ -286,13 +295,13 @@ class Pipeline:
         batch, shape = len(request.prompts), self.geometry.latent_shape(1, request.height, request.width)
         if image is None and image_latents is None:
             return None
-        self._check_takes_image()
+        check_takes_image(self.traits)
         if image is not None and image_latents is not None:
             raise UserError("image and image_latents are both given; give one of them")
         if image_latents is not None:
             check_array(image_latents, "image_latents", [batch, *shape])
             return self.runtime.put(image_latents)
-        pictures = [read_image(picture) for picture in _pictures(image, "image")]
+        pictures = [read_image(picture, name="image") for picture in _pictures(image, "image")]
         if len(pictures) not in (1, batch):
             raise UserError(f"image holds {len(pictures)} pictures for {batch} prompts; give one, or one per prompt")
         mean, logvar = self._encode_pictures(pictures, request, fit="crop", tiles=tiles, bars=bars)
@@ -302,13 +311,6 @@ class Pipeline:
     def _encode_pictures(self, pictures: list, request: Request, *, fit: str, tiles, bars: Progress):
         frames = np.stack([fit_image(p, height=request.height, width=request.width, fit=fit) for p in pictures])
         return self.runtime.encode(self.runtime.put(frames[:, None]), tiling=tiles, bars=bars)
-
-    def _check_takes_image(self) -> None:
-        if self.traits.image_latents is None:
-            raise UserError(
-                "image: this is no image-to-video model (CogVideoX-5b-I2V, CogVideoX1.5-5B-I2V and Wan2.2-TI2V-5B are);"
-                " leave it away, or give a picture of the subject as reference"
-            )
 
     def _noise(self, request: Request, latents, step_noise) -> tuple[Array, Array | None]:
         """(initial latents in the pipeline's dtype, noise per step or None)."""

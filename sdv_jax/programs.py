@@ -52,8 +52,8 @@ def _predict(state, latents, text, timesteps, reference, image, *, graph, option
     return call(latents, text, timesteps, reference=reference, **given, **dict(options))
 
 
-def _sample(state, memory, latents, text, negative, reference, image, scales, key, step_noise, *, graph, solver, options,
-            begin, end):  # fmt: skip
+def _sample(state, memory, latents, text, negative, reference, image, scales, key, step_noise, *, graph, solver,
+            options, begin, end):  # fmt: skip
     """Steps begin..end-1: (what the solver remembers, latents)."""
 
     def predict(x, timesteps, conditions):

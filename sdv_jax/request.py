@@ -88,6 +88,15 @@ def check_request(
     )
 
 
+def check_takes_image(traits: Traits) -> None:
+    """Raises UserError for a model that cannot be given its first frame."""
+    if traits.image_latents is None:
+        raise UserError(
+            "image: this is no image-to-video model (CogVideoX-5b-I2V, CogVideoX1.5-5B-I2V and Wan2.2-TI2V-5B are); "
+            "leave it away, or give a picture of the subject as reference"
+        )
+
+
 def check_array(array, name: str, shape: Sequence[int | str]) -> None:
     """Raises UserError unless `array` holds finite numbers in `shape`, where a text is any size of 1 or more."""
     found = _shape(array, name)

@@ -29,7 +29,8 @@ class Runtime:
 
     def __init__(
         self, denoisers: Sequence[nnx.Module], vae: nnx.Module, text_encoder: nnx.Module, tokenizer: Tokenizer,
-        traits: Traits, *, options: dict, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None, sharding: Table, offload: bool,
+        traits: Traits, *, options: dict, dtype: jnp.dtype, mesh: jax.sharding.Mesh | None, sharding: Table,
+        offload: bool,
     ):  # fmt: skip
         self.traits, self.dtype = traits, dtype
         self.vae_tiling = vae.tiling

@@ -1,5 +1,6 @@
 """The files that the rows of docs/errors.md name, and what it takes to run a row."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -11,7 +12,12 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from sdv_jax.data import latents
+from sdv_jax.models.contract import LatentScale
+from sdv_jax.train import config as configs
+from tests import tiny_wan
 from tests.tiny_pipeline import save_pipeline
+from tests.train import tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "errors.md"
@@ -21,7 +27,8 @@ _ROW = re.compile(r"\| `(?P<input>.+?)` \| `(?P<line>.+?)` \|(?P<remark>.*)\|")
 
 def rows() -> list[tuple[str, str]]:
     """(input, line) of every row of the page."""
-    return [(m["input"], m["line"]) for m in map(_ROW.fullmatch, PAGE.read_text().splitlines()) if m]
+    found = filter(None, map(_ROW.fullmatch, PAGE.read_text().splitlines()))
+    return [(m["input"], m["line"].replace("\\|", "|")) for m in found]
 
 
 def arguments(typed: str) -> list[str]:
@@ -33,8 +40,10 @@ def make_files(folder: pathlib.Path) -> None:
     """Fills `folder` with everything that the rows mention."""
     _pictures(folder)
     _models(folder)
+    _wan(folder)
     _adapters(folder)
-    shutil.copy(ROOT / "configs" / "base.py", folder / "base.py")
+    _data(folder)
+    _runs(folder)
 
 
 def _pictures(folder: pathlib.Path) -> None:
@@ -89,8 +98,22 @@ def _models(folder: pathlib.Path) -> None:
     content = bytearray(holes.read_bytes())
     content[-4:] = struct.pack("<f", float("nan"))
     holes.write_bytes(content)
-    _edit(copy("unknown_class") / "model_index.json", _class_name="WanPipeline")
+    _edit(copy("unknown_class") / "model_index.json", _class_name="MochiPipeline")
     _edit(copy("unknown_scheduler") / "scheduler" / "scheduler_config.json", _class_name="EulerDiscreteScheduler")
+    (copy("bad_defaults") / "defaults.json").write_text('{"hight": 480}')
+
+
+def _wan(folder: pathlib.Path) -> None:
+    """An image-to-video model, copies of it as one of two experts, and what is left of an original release."""
+    model = tiny_wan.save_pipeline(folder / "wan")
+    _edit(model / "defaults.json", width=64)
+    for name in ("experts", "lost_expert"):
+        copy = pathlib.Path(shutil.copytree(model, folder / name))
+        experts = {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.9}
+        _edit(copy / "model_index.json", **experts, expand_timesteps=False)
+    shutil.copytree(folder / "experts" / "transformer", folder / "experts" / "transformer_2")
+    (folder / "release").mkdir()
+    (folder / "release" / "Wan2.1_VAE.pth").write_text("not a VAE")
 
 
 def _edit(file: pathlib.Path, **values) -> None:
@@ -110,3 +133,46 @@ def _adapters(folder: pathlib.Path) -> None:
     adapter("deeper.safetensors", 32, 7)
     save_file({"unet.conv_in.weight": np.ones((2, 2), np.float32)}, folder / "strange.safetensors")
     (folder / "cut.safetensors").write_bytes((folder / "fits.safetensors").read_bytes()[:-100])
+
+
+def _data(folder: pathlib.Path) -> None:
+    """Prepared data for `model`, and for others."""
+    for name, frames, changes in (
+        ("pairs", 1, {}),
+        ("clips", 3, {}),
+        ("other_channels", 3, {"channels": 6}),
+        ("odd", 3, {"height": 5}),
+        ("longer_text", 3, {"tokens": 20}),
+        ("other_scale", 3, {"scale": 0.9}),
+    ):
+        latents.save(_dataset(frames, **changes), folder / name)
+
+
+def _dataset(frames: int, *, height=4, channels=4, tokens=12, scale=0.7) -> latents.LatentDataset:
+    moments = {
+        name: np.zeros((4, frames, height, 6, channels), np.float32)
+        for name in ("mean", "logvar", "reference_mean", "reference_logvar")
+    }
+    text = np.zeros((4, tokens, 16), np.float32)
+    return dataclasses.replace(
+        tiny.dataset(4, frames=1, views=1), **moments, text=text, empty_text=text[0], scale=LatentScale.factor(scale)
+    )
+
+
+def _runs(folder: pathlib.Path) -> None:
+    """Configurations, an empty workdir, and one that holds a run of five steps."""
+    shutil.copy(ROOT / "configs" / "base.py", folder / "base.py")
+    (folder / "tiny.py").write_text(_CONFIG)
+    (folder / "run").mkdir()
+    (folder / "started" / "checkpoints" / "5").mkdir(parents=True)
+    (folder / "started" / "config.json").write_text(configs.load(folder / "tiny.py").json())
+
+
+_CONFIG = """
+from configs import base
+
+def get_config():
+    config = base.get_config()
+    config.model.path, config.data.identity, config.data.motion = "model", "pairs", "clips"
+    return config
+"""

@@ -13,12 +13,12 @@ import sdv_jax
 from sdv_jax import programs
 from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import adapter_files
-from sdv_jax.models.cogvideox import rules
 from sdv_jax.data.images import fit_image
 from sdv_jax.errors import UserError
+from sdv_jax.models.cogvideox import rules
 from sdv_jax.models.cogvideox.vae import Tiling
-from sdv_jax.pipeline import load_pipeline
 from sdv_jax.models.contract import Geometry, LatentScale, Traits
+from sdv_jax.pipeline import load_pipeline
 from sdv_jax.request import check_request
 from tests.tiny_pipeline import save_pipeline
 

@@ -75,7 +75,8 @@ def test_half_precision_keeps_time_and_modulation_exact(folders, tmp_path):
 def test_verification_compares_every_part(folders, tmp_path, capsys):
     convert(folders["a14b"], tmp_path / "ours", verify=True, progress=False)
     told = capsys.readouterr().out
-    for part in ("transformer ", "first frame given", "vae encode", "vae decode", "text encoder", "transformer, expert 2"):
+    parts = ("transformer ", "first frame given", "vae encode", "vae decode", "text encoder", "transformer, expert 2")
+    for part in parts:
         assert part in told
 
 
@@ -182,7 +183,8 @@ def test_an_expert_that_is_missing_or_too_many(folders, tmp_path):
     with pytest.raises(UserError, match="transformer_2"):
         load_pipeline(spoiled, progress=False)
     index = json.loads((spoiled / "model_index.json").read_text())
-    (spoiled / "model_index.json").write_text(json.dumps(index | {"transformer_2": [None, None], "boundary_ratio": None}))
+    index |= {"transformer_2": [None, None], "boundary_ratio": None}
+    (spoiled / "model_index.json").write_text(json.dumps(index))
     assert len(load_pipeline(spoiled, progress=False).runtime.denoisers) == 1
     (spoiled / "defaults.json").write_text('{"hight": 3}')
     with pytest.raises(UserError, match="defaults.json: unknown key hight"):
@@ -199,7 +201,8 @@ def test_from_the_command_line(folders, tmp_path, monkeypatch, capsys):
     Image.fromarray(PICTURE).save("first.png")
     Image.fromarray(PICTURE[::-1]).save("subject.png")
     size = "--height 32 --width 64 --num-frames 5 --steps 2 --flow-shift 3 --scheduler euler"
-    arguments = f"sample --model {folders['ti2v']} --prompt ball --image first.png --reference subject.png {size} --out v.mp4"
+    pictures = "--image first.png --reference subject.png"
+    arguments = f"sample --model {folders['ti2v']} --prompt ball {pictures} {size} --out v.mp4"
     assert cli.main(arguments.split()) == 0
     assert "5 frames of 64x32" in capsys.readouterr().out
     frames, fps = read_video("v.mp4")

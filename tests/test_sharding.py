@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from sdv_jax.adapters import lora
-from sdv_jax.models.cogvideox.family import FAMILY as COGVIDEOX
 from sdv_jax.models.cogvideox import LORA_TARGETS, SHARDING, VARIANTS
+from sdv_jax.models.cogvideox.family import FAMILY as COGVIDEOX
 from sdv_jax.sharding import dotted, reshard, shardings, spec_of
 from tests.tiny_transformer import NAMES, make
 

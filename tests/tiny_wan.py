@@ -5,7 +5,8 @@ import pathlib
 from tests.tiny_pipeline import make_tokenizer
 
 TEXT_LENGTH = 9
-DEFAULTS = {"height": 32, "width": 48, "num_frames": 9, "steps": 4, "guidance": 5.0, "fps": 16, "text_length": TEXT_LENGTH}
+DEFAULTS = {"height": 32, "width": 48, "num_frames": 9, "steps": 4, "guidance": 5.0, "fps": 16,
+            "text_length": TEXT_LENGTH}  # fmt: skip
 TRANSFORMER = dict(
     patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=20, in_channels=4, out_channels=4, text_dim=16,
     freq_dim=24, ffn_dim=48, num_layers=2, rope_max_seq_len=64,
@@ -14,8 +15,9 @@ VAE = {
     "2.1": dict(base_dim=4, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1, temperal_downsample=[False, True, True],
                 latents_mean=[0.1, -0.3, 0.0, 0.7], latents_std=[1.3, 0.8, 2.0, 1.1]),
     "2.2": dict(base_dim=4, decoder_base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1,
-                temperal_downsample=[False, True, True], is_residual=True, patch_size=2, in_channels=12, out_channels=12,
-                scale_factor_spatial=16, latents_mean=[0.1, -0.3, 0.0, 0.7], latents_std=[1.3, 0.8, 2.0, 1.1]),
+                temperal_downsample=[False, True, True], is_residual=True, patch_size=2, in_channels=12,
+                out_channels=12, scale_factor_spatial=16, latents_mean=[0.1, -0.3, 0.0, 0.7],
+                latents_std=[1.3, 0.8, 2.0, 1.1]),
 }  # fmt: skip
 
 

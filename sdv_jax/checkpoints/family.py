@@ -23,8 +23,8 @@ class Component:
     """One weight-holding part of a pipeline.
 
     `stem` is how its weight files are called on export, `config` the dataclass of its config.json (one with `from_json`
-    reads the file's content itself), `module(config, dtype=, rngs=)` builds it, `rules(config)` converts it. Leaves whose
-    path `exact` is found in stay float32 in a model of half precision.
+    reads the file's content itself), `module(config, dtype=, rngs=)` builds it, `rules(config)` converts it. Leaves
+    whose path `exact` is found in stay float32 in a model of half precision.
     """
 
     torch_class: str
@@ -145,5 +145,5 @@ def _located(make: Callable, where: Path):
         return make()
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except (TypeError, ArithmeticError, AttributeError) as error:  # a value of the wrong kind, such as a text for a size
+    except (TypeError, ArithmeticError, AttributeError) as error:  # of the wrong kind, such as a text for a size
         raise UserError(f"{where}: a value does not make sense ({str(error).splitlines()[0]})") from None

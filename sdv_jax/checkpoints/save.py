@@ -33,9 +33,9 @@ def save_pipeline(
     """Writes the new folder `out`, which diffusers loads as the family's first pipeline class.
 
     `modules` and `configs` are keyed by component; a config is the content of its config.json, absent where that is the
-    module's own config as diffusers writes it. `scheduler` is the content of scheduler_config.json, `tokenizer` a folder
-    to copy, `index` further keys of model_index.json, `defaults` the content of defaults.json. Raises UserError where
-    `out` exists.
+    module's own config as diffusers writes it. `scheduler` is the content of scheduler_config.json, `tokenizer` a
+    folder to copy, `index` further keys of model_index.json, `defaults` the content of defaults.json. Raises UserError
+    where `out` exists.
     """
     outputs = {name: _outputs(module, family.components[name].rules(module.config)) for name, module in modules.items()}
     index = {

@@ -184,10 +184,11 @@ def _scale(about: Mapping) -> LatentScale:
 
 def _check_scale(scale: LatentScale, channels: int) -> None:
     for name, values in (("shift", scale.shift), ("scale", scale.scale)):
-        if not all(map(math.isfinite, values)) or len(values) not in (1, channels) or (name == "scale" and min(values) <= 0):
+        finite, positive = all(map(math.isfinite, values)), name == "shift" or min(values, default=0) > 0
+        if not (finite and positive) or len(values) not in (1, channels):
             raise UserError(
-                f"prepared data: {name} of the latents is {reprlib.repr(values)}; expected the VAE's, one number or one "
-                f"per channel ({channels})" + (", above 0" if name == "scale" else "")
+                f"prepared data: {name} of the latents is {reprlib.repr(values)}; expected the VAE's, one number "
+                f"or one per channel ({channels})" + (", above 0" if name == "scale" else "")
             )
 
 

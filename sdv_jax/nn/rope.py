@@ -15,8 +15,8 @@ def table_3d(
     """(cos, sin), each [t·h·w, k], for tokens in row-major (t, h, w) order.
 
     `t`, `h`, `w` are positions along each axis, `sizes` says how many channels of a head turn with each, neighbouring
-    channels forming a pair; absent, a quarter turns with time and three eighths with each of height and width (diffusers
-    `get_3d_rotary_pos_embed`). Angles are computed in `precision`.
+    channels forming a pair; absent, a quarter turns with time and three eighths with each of height and width
+    (diffusers `get_3d_rotary_pos_embed`). Angles are computed in `precision`.
     """
     sizes = sizes or _split(head_dim)
     angles = [_angles(at, size, theta, precision) for at, size in zip((t, h, w), sizes, strict=True)]

@@ -40,7 +40,8 @@ TINY_VAE = cogvideox.VAEConfig(
 # Without its patches, so that the transformer can have them as published (diffusers' pipelines expect 2 x 2).
 TINY_WAN_VAE = wan.VAEConfig(
     base_dim=16, decoder_base_dim=16, z_dim=12, dim_mult=(1, 2, 2), num_res_blocks=1, temperal_downsample=(True, True),
-    is_residual=True, scale_factor_spatial=4, scale_factor_temporal=4, latents_mean=(0.0,) * 12, latents_std=(1.0,) * 12,
+    is_residual=True, scale_factor_spatial=4, scale_factor_temporal=4, latents_mean=(0.0,) * 12,
+    latents_std=(1.0,) * 12,
 )  # fmt: skip
 _MODULES = {cogvideox.VAEConfig: CogVideoXVAE, wan.VAEConfig: WanVAE}
 

@@ -46,7 +46,7 @@ class Sizes:
 class Recipe:
     """What a family's small base has of its own.
 
-    scale: (mean, logvar of latents [n, t, h, w, c]) -> the keys of the VAE's config that bring latents to unit variance.
+    scale: (mean, logvar of latents [n, t, h, w, c]) -> keys of the VAE's config that scale latents to unit variance.
     text: what transformers wants in text_encoder/config.json. index: further keys of model_index.json.
     """
 

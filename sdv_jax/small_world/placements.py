@@ -3,7 +3,7 @@
     python -m sdv_jax.small_world.placements --workdir runs/placements [--steps 1200]
 
 Paper A says that plain continuation of the time axis, which serves CogVideoX, does badly in Wan, and not what to do. A
-run that was interrupted goes on; what is finished is not done again. Leaves `table.md` and `scores.json` in the workdir.
+run that was interrupted goes on; what is finished is not done again. Leaves `table.md` and `scores.json` there.
 """
 
 import argparse
@@ -26,11 +26,11 @@ PLACEMENTS = {
     "beside the first frames": {"placement": "before", "shift": 1.0},
     "after the clip, one grid width aside": {"placement": "after", "offset": 1, "shift": 1.0},
 }
-STEPS = 1200
+STEPS, SAMPLING = 1200, demo.Sampling()
 COLUMNS = ("identity_gap_closed", "wrong_reference_gap_closed", "motion_kept", "clean_kept")
 
 
-def run(workdir: str | Path, steps: int = STEPS, *, sampling: demo.Sampling = demo.Sampling()) -> dict[str, dict]:
+def run(workdir: str | Path, steps: int = STEPS, *, sampling: demo.Sampling = SAMPLING) -> dict[str, dict]:
     """Name of the placement -> verdicts of `score.compare`. Raises UserError where training was interrupted."""
     workdir, shipped, found = Path(workdir), demo.SHIPPED["wan"], {}
     trial = trials(World(), sampling.pool_seed, sampling.subjects)

@@ -17,7 +17,9 @@ EncodeText = Callable[[Sequence[str]], np.ndarray]
 _AT_ONCE = 128  # frames per call of the encoder, which bounds memory
 
 
-def encode(vae: nnx.Module, video: UInt8[np.ndarray, "n t h w 3"], *, desc: str = "encoding") -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    vae: nnx.Module, video: UInt8[np.ndarray, "n t h w 3"], *, desc: str = "encoding"
+) -> tuple[np.ndarray, np.ndarray]:
     """(mean, logvar) of every clip, each [n, t', h', w', c] float32, before scaling."""
     graph, state = nnx.split(vae)
     run = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(pixels.astype(jnp.float32) / 127.5 - 1))

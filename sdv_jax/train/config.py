@@ -18,7 +18,6 @@ from typing import Any
 import sdv_jax
 from sdv_jax.errors import UserError
 
-
 # Fields with a default are younger than the first runs, whose config.json lacks them.
 
 

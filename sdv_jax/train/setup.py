@@ -18,7 +18,7 @@ from sdv_jax.checkpoints.families import families, rules_of
 from sdv_jax.checkpoints.model_folder import About
 from sdv_jax.data import latents
 from sdv_jax.data.latents import LatentDataset
-from sdv_jax.diffusion import noise_schedule
+from sdv_jax.diffusion import FlowSchedule, noise_schedule
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import LatentScale, Traits, check_defaults
 from sdv_jax.models.text.encode import encode
@@ -81,8 +81,8 @@ def check_data(config: Config, data: Mapping[str, LatentDataset], traits: Traits
         length, width = dataset.text.shape[1], None if dataset.has_token_ids else dataset.text.shape[2]
         if length != traits.text_length:
             raise UserError(
-                f"{where}: text has {length} tokens, expected {traits.text_length}, the model's text length; prepare it "
-                "with this model's tokenizer and length"
+                f"{where}: text has {length} tokens, expected {traits.text_length}, the model's text length; prepare "
+                "it with this model's tokenizer and length"
             )
         if width not in (None, traits.text_width):
             raise UserError(
@@ -119,8 +119,8 @@ def _check_scale(where: str, found: LatentScale, own: LatentScale, path: str) ->
         if len(have) != len(want) or not np.allclose(have, want, rtol=1e-4, atol=1e-6):
             have, want = (reprlib.repr(values if len(values) > 1 else values[0]) for values in (have, want))
             raise UserError(
-                f"{where}: {name} of its latents is {have}, expected {want}, that of the VAE in {path}; prepare it with "
-                "this model's VAE"
+                f"{where}: {name} of its latents is {have}, expected {want}, that of the VAE in {path}; prepare it "
+                "with this model's VAE"
             )
 
 
@@ -169,8 +169,12 @@ def objective(config: Config, base: About, latents: LatentScale) -> Objective:
     schedule = noise_schedule(base.family.scheduler(base.raw["scheduler"]))
     if schedule.config.prediction_type not in TRAINED:
         raise UserError(
-            f"scheduler: prediction_type is {schedule.config.prediction_type!r}; training needs 'v_prediction' or a flow"
+            f"scheduler: prediction_type is {schedule.config.prediction_type!r}; training needs 'v_prediction' or "
+            "a flow"
         )
+    if config.noise.shift and not isinstance(schedule, FlowSchedule):
+        found = f"{schedule.config.class_name} has no shift, found {config.noise.shift}"
+        raise UserError(f"config key 'noise.shift': {found}; leave it 0")
     noise = dataclasses.asdict(config.noise) | {"shift": config.noise.shift or None}
     return Objective(
         schedule=schedule, latents=latents, geometry=base.traits.geometry, text_dropout=config.text.dropout,

@@ -8,12 +8,12 @@ import pytest
 
 from sdv_jax.checkpoints.diffusers_folder import parse_component
 from sdv_jax.checkpoints.engine import leaves_of, match, problems_between
-from sdv_jax.models.cogvideox.family import FAMILY as COGVIDEOX
 from sdv_jax.checkpoints.rules.table import CONV2D, CONV3D, LINEAR, SAME, Rule, Rules, patches
 from sdv_jax.checkpoints.safetensors_io import Tensor
 from sdv_jax.errors import UserError
 from sdv_jax.models.cogvideox import VARIANTS
 from sdv_jax.models.cogvideox import rules as cogvideox
+from sdv_jax.models.cogvideox.family import FAMILY as COGVIDEOX
 from tests.published import config, tensors
 
 PARTS = [(model, part) for model in VARIANTS for part in COGVIDEOX.components]

@@ -30,7 +30,8 @@ def test_to_vae_inverts_to_model(dtype):
 
 
 def _geometry(**changes):
-    return Geometry(**dict(height=64, width=64, num_frames=81, spatial=8, temporal=4, patch=2, channels=16, period=4) | changes)
+    own = dict(height=64, width=64, num_frames=81, spatial=8, temporal=4, patch=2, channels=16, period=4)
+    return Geometry(**own | changes)
 
 
 def test_frames_that_come_out():

@@ -87,7 +87,7 @@ def test_the_law_of_the_timesteps_is_the_configs():
 
 
 def test_flow_matching():
-    """Wan: the target is eps - x0, timesteps are the scheduler's shifted ones unless the config has a shift of its own."""
+    """Wan: the target is eps - x0, timesteps are the scheduler's shifted ones unless the config has its own."""
     schedule = FlowSchedule(FlowSchedulerConfig(flow_shift=3.0))
     latents = _batch(n=2000)["mean"]
     for shift, median in ((None, 750), (1.0, 500)):

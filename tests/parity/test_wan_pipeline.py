@@ -40,8 +40,9 @@ def run_both(pair, *, frames, height, width, scheduler="unipc", output="latents"
     common = dict(height=height, width=width, num_frames=frames, prompt=[PROMPT] * batch,
                   negative_prompt=[NEGATIVE] * batch)  # fmt: skip
     found = ours(
-        **common, latents=latents, steps=STEPS, scheduler=scheduler, output=output, image=image, progress=False, **options
-    )
+        **common, latents=latents, steps=STEPS, scheduler=scheduler, output=output, image=image, progress=False,
+        **options,
+    )  # fmt: skip
     shift = {"unipc": {"flow_shift": 5.0}, "euler": {"shift": 5.0}}[scheduler]
     solver = SCHEDULERS[scheduler].from_config(theirs.scheduler.config, **shift)
     if image is None:

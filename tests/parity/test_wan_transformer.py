@@ -57,7 +57,10 @@ def draw(*shapes, seed=0):
     return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def run(ours, *inputs, placement=ReferencePlacement(), **given):
+OWN = ReferencePlacement()
+
+
+def run(ours, *inputs, placement=OWN, **given):
     graph, state = nnx.split(ours)
 
     @jax.jit
@@ -130,7 +133,8 @@ def rotary(places: np.ndarray, head: int):
     """cos and sin [1, n, 1, head] of tokens at (t, h, w), from the definition."""
     spatial = 2 * (head // 6)
     sizes = (head - 2 * spatial, spatial, spatial)
-    angles = [np.outer(at, 10000.0 ** (-np.arange(0, size, 2) / size)) for at, size in zip(places.T, sizes, strict=True)]
+    steps = [10000.0 ** (-np.arange(0, size, 2) / size) for size in sizes]
+    angles = [np.outer(at, step) for at, step in zip(places.T, steps, strict=True)]
     angles = np.repeat(np.concatenate(angles, 1), 2, axis=1)[None, :, None]
     return torch.from_numpy(np.cos(angles)).float(), torch.from_numpy(np.sin(angles)).float()
 

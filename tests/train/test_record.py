@@ -10,14 +10,16 @@ BASE = "models/small-world-cogvideox"
 
 def test_an_adapter_says_which_model_it_is_for(tmp_path):
     config = tiny.config(model__path=BASE)
-    record.save_adapter(tmp_path, setup.model(config, setup.about(config), token_ids=False), config, setup.about(config))
+    base = setup.about(config)
+    record.save_adapter(tmp_path, setup.model(config, base, token_ids=False), config, base)
     about = json.loads((tmp_path / "adapter.json").read_text())
     assert (about["family"], about["variant"], about["base"]) == ("cogvideox", "custom", "small-world-cogvideox")
 
 
 def test_an_adapter_of_a_random_model_has_no_base(tmp_path):
     config = tiny.config()
-    record.save_adapter(tmp_path, setup.model(config, setup.about(config), token_ids=False), config, setup.about(config))
+    base = setup.about(config)
+    record.save_adapter(tmp_path, setup.model(config, base, token_ids=False), config, base)
     about = json.loads((tmp_path / "adapter.json").read_text())
     assert (about["variant"], about["base"]) == ("custom", "")
 

@@ -303,10 +303,11 @@ def positions(config: TransformerConfig, grid: tuple[int, int, int], *, referenc
     start = references if before else 0
     first = 0 if before else frames - 1 + placement.offset
     aside = placement.shift * width if references else 0.0
-    if (last := max(start + frames, references and first + references, height, aside + width)) > config.rope_max_seq_len:
+    last = max(start + frames, references and first + references, height, aside + width)
+    if last > config.rope_max_seq_len:
         raise UserError(
-            f"{frames} x {height} x {width} tokens and {references} references reach position {last:g}; expected at most "
-            f"{config.rope_max_seq_len} (rope_max_seq_len): make the video smaller or shorter"
+            f"{frames} x {height} x {width} tokens and {references} references reach position {last:g}; expected at "
+            f"most {config.rope_max_seq_len} (rope_max_seq_len): make the video smaller or shorter"
         )
     rows, columns = np.arange(height), np.arange(width)
     tables = [_rotary(config, start + np.arange(frames), rows, columns)]
