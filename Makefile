@@ -10,8 +10,8 @@ SOURCES := setup.py pyproject.toml
 demo: $(VENV)/.installed  ## [FAMILY=cogvideox|wan] convert the shipped base, train the adapter's last stretch, sample held-out subjects, score them
 	$(BIN)/sdv demo --family $(FAMILY)
 
-test: $(VENV)/.tested  ## every test, on the CPU
-	$(BIN)/python -m pytest tests
+test: $(VENV)/.tested  ## every test, on the CPU, by two processes
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 lint: $(VENV)/.tested
 	$(BIN)/python -m pip install -q ruff

@@ -40,6 +40,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "beartype>=0.19",
             "torch==2.13.0",
             "diffusers==0.42.*",
