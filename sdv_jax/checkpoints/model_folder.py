@@ -80,8 +80,8 @@ def read_config(path: str | os.PathLike) -> dict:
         _check_kind(folder, key, config[key], kind)
     family = family_of(config, folder)
     for key, kind in _PER_COMPONENT.items():
-        present = {name for name, part in family.components.items() if not part.optional} | config["config"].keys()
-        if absent := sorted(present - config[key].keys()):
+        wanted = [name for name, part in family.components.items() if not part.optional or name in config["config"]]
+        if absent := [name for name in wanted if name not in config[key]]:
             raise UserError(f"{folder / MODEL_FILE}: no {key} of {', '.join(absent)}; convert the model again")
         if surplus := sorted(config[key].keys() - family.components):
             raise UserError(f"{folder / MODEL_FILE}: {key} of unknown {', '.join(surplus)}; convert the model again")

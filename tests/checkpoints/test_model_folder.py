@@ -164,7 +164,7 @@ DAMAGE = {
     "missing component": (lambda m: shutil.rmtree(m / "transformer"), "not a complete set of arrays"),
     "broken model.json": (lambda m: (m / "model.json").write_text("[]"), "expected a JSON object"),
     "other version": (lambda m: edit(m, format_version=99), "format_version is 99, expected 1"),
-    "other family": (lambda m: edit(m, family="wan"), "unknown family 'wan'"),
+    "other family": (lambda m: edit(m, family="hunyuan"), "unknown family 'hunyuan'"),
     "incomplete model.json": (lambda m: edit(m, checksums=...), "no checksums"),
     "incomplete config": (lambda m: edit(m, config={}), "no config of transformer, vae, text_encoder"),
     "config is a list": (lambda m: edit(m, config=[]), "model.json: config is [], expected an object"),
