@@ -131,9 +131,10 @@ def test_demo_runs_in_its_workdir(here, monkeypatch):
     from sdv_jax.small_world import demo
 
     seen = []
-    monkeypatch.setattr(demo, "run", lambda workdir: seen.append(str(workdir)))
+    monkeypatch.setattr(demo, "run", lambda workdir, family: seen.append((str(workdir), family)))
     assert cli.main(["demo", "--workdir", "somewhere"]) == 0 and cli.main(["demo"]) == 0
-    assert seen == ["somewhere", "runs/demo"]
+    assert cli.main(["demo", "--family", "wan"]) == 0 and cli.main(["demo", "--family", "other"]) == 2
+    assert seen == [("somewhere", "cogvideox"), ("runs/demo", "cogvideox"), ("runs/demo-wan", "wan")]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_demo_runs_in_its_workdir(here, monkeypatch):
 def test_every_end_is_one_line(here, monkeypatch, capsys, raised, status, line):
     from sdv_jax.small_world import demo
 
-    def fail(workdir):
+    def fail(*_):
         raise raised
 
     monkeypatch.setattr(demo, "run", fail)
@@ -160,7 +161,7 @@ def test_every_end_is_one_line(here, monkeypatch, capsys, raised, status, line):
 def test_a_mistake_in_the_program_is_not_hidden(here, monkeypatch):
     from sdv_jax.small_world import demo
 
-    def fail(workdir):
+    def fail(*_):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(demo, "run", fail)

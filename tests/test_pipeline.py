@@ -198,13 +198,13 @@ def test_adapter_changes_the_video_and_alpha_its_strength(folder, tmp_path, pipe
     adapter_files.export(tmp_path / "adapter", tmp_path / "a.safetensors", format="diffusers")
     adapted = load_pipeline(folder, adapter=tmp_path / "adapter", progress=False)
     assert np.abs(run(adapted) - run(pipe)).max() > 1e-3
-    graph, state = adapted._transformer
+    graph, state = adapted.runtime.denoisers[0]
     assert any("lora" in path for path, _ in nnx.to_flat_state(state))
 
 
 def test_bfloat16_stays_close_to_float32(folder, pipe):
     narrow = load_pipeline(folder, dtype="bfloat16", progress=False)
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(narrow._transformer[1]))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(narrow.runtime.denoisers[0][1]))
     noise = np.random.default_rng(0).normal(size=(1, 3, 4, 6, 4)).astype(np.float32)
     ours, exact = run(narrow, latents=noise), run(pipe, latents=noise)
     assert ours.dtype == np.float32 and 0 < np.abs(ours - exact).max() < 0.1 * np.abs(exact).max()
@@ -236,7 +236,7 @@ def test_numbers_that_overflow_are_told(pipe):
 
 
 def test_a_tokenizer_of_another_text_encoder(pipe, monkeypatch):
-    monkeypatch.setattr(pipe, "_vocabulary", 1)
+    monkeypatch.setattr(pipe.runtime, "_vocabulary", 1)
     with pytest.raises(UserError, match="use its own tokenizer"):
         run(pipe)
 
@@ -249,7 +249,7 @@ def test_no_negative_prompt_is_the_empty_one(pipe):
 def test_tiles_change_little(pipe, monkeypatch):
     latents = np.random.default_rng(0).normal(size=(1, 1, 8, 12, 4)).astype(np.float32)
     whole = np.asarray(pipe.decode(latents))
-    monkeypatch.setattr(pipe, "_tiling", Tiling(24, 40))
+    monkeypatch.setattr(pipe.runtime, "vae_tiling", Tiling(24, 40))
     tiled = np.asarray(pipe.decode(latents, tiling=True))
     assert whole.shape == tiled.shape == (1, 1, 32, 48, 3)
     assert 0 < np.abs(whole - tiled).mean() < 0.5 * np.abs(whole).mean()

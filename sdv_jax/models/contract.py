@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sdv_jax.errors import UserError
 from sdv_jax.models.config_check import check_whole, refuse
 from sdv_jax.typing import Array, Float, Key
 
+Latents = Float[Array, "*b c"] | Float[np.ndarray, "*b c"]  # users hold them on the host
 DEFAULTS = {
     "height": int, "width": int, "num_frames": int, "steps": int, "guidance": float, "fps": float, "text_length": int,
 }  # fmt: skip
@@ -31,11 +33,11 @@ class LatentScale:
         """x = z · scaling_factor."""
         return cls((0.0,), (float(scaling_factor),))
 
-    def to_model(self, z: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+    def to_model(self, z: Latents) -> Float[Array, "*b c"]:
         """The VAE's latents in the transformer's scale, in their dtype."""
         return ((z - self._row(self.shift)) * self._row(self.scale)).astype(z.dtype)
 
-    def to_vae(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+    def to_vae(self, x: Latents) -> Float[Array, "*b c"]:
         """The inverse of `to_model`."""
         return (x * (1 / self._row(self.scale)) + self._row(self.shift)).astype(x.dtype)
 

@@ -43,7 +43,7 @@ def run_both(monkeypatch, pair, *, frames, height, width, scheduler="ddim", dyna
     expected = theirs(
         **common, latents=channels_first(latents), num_inference_steps=STEPS, guidance_scale=6.0,
         use_dynamic_cfg=dynamic, output_type="latent" if output == "latents" else "np",
-        max_sequence_length=ours.text_length,
+        max_sequence_length=ours.traits.text_length,
     ).frames  # fmt: skip
     return found, expected.permute(0, 1, 3, 4, 2).numpy() if output == "latents" else expected
 
@@ -95,7 +95,7 @@ def test_defaults_are_those_of_diffusers(pair):
     keep = functools.partial(_remember_and_stop, shapes)
     theirs.prepare_latents, original = keep, theirs.prepare_latents
     with pytest.raises(_Stop):
-        theirs(PROMPT, max_sequence_length=ours.text_length)
+        theirs(PROMPT, max_sequence_length=ours.traits.text_length)
     theirs.prepare_latents = original
     g = ours.geometry
     assert shapes == [(g.channels, g.num_frames, g.height, g.width)]
@@ -113,7 +113,8 @@ def _remember_and_stop(shapes, batch, channels, frames, height, width, *_):
 def test_prompt_embeddings(pair):
     theirs, ours = pair
     prompts = [PROMPT, "", "a prompt that is far too long for this model, and so is cut"]
-    expected = theirs.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=ours.text_length)[0]
+    length = ours.traits.text_length
+    expected = theirs.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)[0]
     assert_close(ours.encode_prompt(prompts), expected, relative=1e-4)
 
 
