@@ -1,8 +1,15 @@
-"""Shape annotations are checked while tests run, where beartype is installed; and the small pipelines of many tests."""
+"""Shape annotations are checked while tests run, where beartype is installed; and the small pipelines of many tests.
+
+Programs are compiled in a hurry: most of a test's time is compiling, and its models are too small to gain by more of
+it. JAX_DISABLE_MOST_OPTIMIZATIONS=0 compiles as users do, in twice the time.
+"""
 
 import importlib.util
+import os
 
 import pytest
+
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # read when jax is imported, by other processes too
 
 if importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
