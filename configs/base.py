@@ -51,10 +51,12 @@ def get_config() -> ConfigDict:
     config.identity = identity = ConfigDict()
     identity.batch_size = 32  # pairs per identity step (paper A: 256 in the text, 32 in the supplement)
     identity.view_drop = 0.5  # probability of an identity step without its reference (paper A; all of it: our choice)
+    identity.references = 1  # views given at once, drawn without replacement; the paper's is 1
 
     config.motion = motion = ConfigDict()
     motion.batch_size = 32  # clips per motion step (paper A)
     motion.token_drop = 0.5  # fraction of reference tokens removed in a motion step (paper A; fixed count: our choice)
+    motion.references = 1  # frames of the clip given at once, drawn without replacement; the paper's is 1
 
     config.text_to_video = text_to_video = ConfigDict()
     text_to_video.batch_size = 64  # clips per text_to_video step

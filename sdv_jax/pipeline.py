@@ -26,7 +26,7 @@ from flax import nnx
 
 from sdv_jax.checkpoints import adapter_files, model_folder
 from sdv_jax.checkpoints.model_folder import About
-from sdv_jax.data.images import fit_image, read_image
+from sdv_jax.data.images import fit_image, read_image, stretch_image
 from sdv_jax.diffusion import dynamic_scale, make_solver, two_expert_scales, with_flow_shift
 from sdv_jax.errors import UserError
 from sdv_jax.models.text.tokenizer import Tokenizer
@@ -114,7 +114,7 @@ class Pipeline:
           reference_latents: [b, k, h', w', c] or [k, h', w', c] instead of `reference`, in the transformer's scale.
           step_noise: [steps, b, t', h', w', c], what a stochastic solver adds in each step instead of drawing it.
           image: the first frame, for image-to-video models; one picture, as `reference`, for all videos or a list of
-            one per prompt; cut to the video's shape.
+            one per prompt; resized to the video's shape as diffusers does it, not cut: give one of its proportions.
           image_latents: [b, 1, h', w', c] instead of `image`, in the scale the model wants of it.
           guidance_2: of the second expert, where there are two; absent: `guidance` if that is given, else the model's.
           scheduler: a solver instead of the checkpoint's own: "ddim" or "dpm" (CogVideoX), "unipc" or "euler" (Wan).
@@ -285,8 +285,9 @@ class Pipeline:
             return jnp.broadcast_to(given, (batch, *given.shape[-4:]))
         if reference is None:
             return None
-        pictures = [read_image(picture) for picture in _pictures(reference, "reference")]
-        mean, logvar = self._encode_pictures(pictures, request, fit=fit, tiles=tiles, bars=bars)
+        size = {"height": request.height, "width": request.width}
+        pictures = [fit_image(read_image(one), **size, fit=fit) for one in _pictures(reference, "reference")]
+        mean, logvar = self._encode_pictures(pictures, tiles=tiles, bars=bars)
         drawn = self.traits.latents.draw(mean, logvar, _keys(request.seed)[1])
         return jnp.broadcast_to(drawn.astype(self.runtime.dtype)[None, :, 0], (batch, len(pictures), *shape))
 
@@ -301,16 +302,16 @@ class Pipeline:
         if image_latents is not None:
             check_array(image_latents, "image_latents", [batch, *shape])
             return self.runtime.put(image_latents)
-        pictures = [read_image(picture, name="image") for picture in _pictures(image, "image")]
+        size = {"height": request.height, "width": request.width}
+        pictures = [stretch_image(read_image(one, name="image"), **size) for one in _pictures(image, "image")]
         if len(pictures) not in (1, batch):
             raise UserError(f"image holds {len(pictures)} pictures for {batch} prompts; give one, or one per prompt")
-        mean, logvar = self._encode_pictures(pictures, request, fit="crop", tiles=tiles, bars=bars)
+        mean, logvar = self._encode_pictures(pictures, tiles=tiles, bars=bars)
         drawn = self.traits.image_latents.draw(mean, logvar, _keys(request.seed)[3])
         return jnp.broadcast_to(drawn.astype(self.runtime.dtype), (batch, *shape))
 
-    def _encode_pictures(self, pictures: list, request: Request, *, fit: str, tiles, bars: Progress):
-        frames = np.stack([fit_image(p, height=request.height, width=request.width, fit=fit) for p in pictures])
-        return self.runtime.encode(self.runtime.put(frames[:, None]), tiling=tiles, bars=bars)
+    def _encode_pictures(self, pictures: list[np.ndarray], *, tiles, bars: Progress):
+        return self.runtime.encode(self.runtime.put(np.stack(pictures)[:, None]), tiling=tiles, bars=bars)
 
     def _noise(self, request: Request, latents, step_noise) -> tuple[Array, Array | None]:
         """(initial latents in the pipeline's dtype, noise per step or None)."""

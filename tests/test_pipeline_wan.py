@@ -110,9 +110,9 @@ def test_a_reference_and_a_first_frame_at_once(pipes):
 
 
 def _frame(pipe, height, width):
-    from sdv_jax.data.images import fit_image, read_image
+    from sdv_jax.data.images import read_image, stretch_image
 
-    return fit_image(read_image(PICTURE), height=height, width=width, fit="crop")[None, None]
+    return stretch_image(read_image(PICTURE), height=height, width=width)[None, None]
 
 
 def test_an_adapter_brings_its_placement_along(folders, tmp_path):

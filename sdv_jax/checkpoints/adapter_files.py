@@ -125,6 +125,9 @@ def export(adapter: str | os.PathLike, out: str | os.PathLike, *, format: str = 
     names, found = _published(contents, format)
     if contents.info.adaln_lora != "all" and any(".norm" in names.published(*place) for place in found):
         logger.warning("%s: its adaLN layers are for reference tokens; other tools apply them to every token", out)
+    written = {names.published(*place) for place in found}
+    if names.renames(format) and ("patch_embedding" in written or not any("blocks." in name for name in written)):
+        logger.warning("%s: diffusers does not read an adapter of these layers in this style, only as diffusers", out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         arrays = {names.published(*place): (finite(m.a), finite(m.b), m.scale) for place, (_, m) in found.items()}

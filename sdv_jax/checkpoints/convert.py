@@ -49,8 +49,6 @@ def convert(
         verification.require_torch()
     folder = diffusers_folder.locate(src)
     layout = original_wan if original_wan.recognises(folder) else diffusers_folder
-    if verify and layout is not diffusers_folder:
-        raise UserError(f"{src}: verify compares with diffusers, which reads pipelines only; convert without it")
     config = layout.read_config(folder) | {"source": str(src)}
     family = model_folder.family_of(config, folder)
     sources, errors = {}, []

@@ -154,9 +154,8 @@ class Source:
     ) -> np.ndarray:
         values = packed(values, buffers).astype(dtype, copy=False)
         if not all_finite(values):
-            raise UserError(
-                f"{self.where}: tensor {leaf.names[number]} holds NaN or infinite values; the checkpoint is damaged"
-            )
+            name = self.tensors[leaf.names[number]].name
+            raise UserError(f"{self.where}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
         return values
 
     def check_tied(self) -> None:

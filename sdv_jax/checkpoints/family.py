@@ -96,7 +96,8 @@ class Family:
       variants: published name -> config whose attributes are the component configs.
       sharding: the denoiser's table.
       lora_targets: default targets of an adapter.
-      traits: (component configs, model.json) -> what pipeline and training must know.
+      traits: (component configs, model.json) -> what pipeline and training must know; UserError for parts that do not
+        fit one another.
       options: (streams of an adaLN adapter, placement of references) -> keywords of the transformer's call.
       original_names: module with `diffusers_name` and `original_name`, where the original release has names of its own.
       peer: module that runs the same components in torch, for `--verify`.
@@ -115,6 +116,10 @@ class Family:
     peer: str
     denoisers: tuple[str, ...] = ("transformer",)
     original_names: ModuleType | None = None
+
+    def traits_at(self, where: Path, configs: Mapping[str, object], about: Mapping) -> Traits:
+        """`traits`, with the place in front of what it complains about."""
+        return _located(lambda: self.traits(configs, about), where)
 
     @property
     def denoiser(self) -> str:

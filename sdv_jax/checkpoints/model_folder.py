@@ -142,7 +142,7 @@ def about(path: str | os.PathLike) -> About:
     raw, folder = read_config(path), Path(path)
     family = family_of(raw, folder)
     configs = {name: parse_component(family, name, found, folder / name) for name, found in raw["config"].items()}
-    return About(raw, family, configs, family.traits(configs, raw))
+    return About(raw, family, configs, family.traits_at(folder, configs, raw))
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,8 @@ def read_config(folder: Path) -> dict:
     Raises UserError for missing or unreadable files, and for models other than text-to-video and TI2V.
     """
     experts = [part for part, name in _EXPERTS.items() if (folder / name).exists()]
+    if experts and (surplus := sorted(file.name for file in folder.glob(f"{_WEIGHTS}*"))):
+        raise UserError(f"{folder}: {surplus[0]} beside {_EXPERTS[experts[0]]}; keep the model to convert")
     parts = ["transformer", "vae", "text_encoder", *(["transformer_2"] if experts else [])]
     raw, configs, errors, defaults = {}, {}, [], {}
     for name in parts:
@@ -99,7 +101,7 @@ def read_config(folder: Path) -> dict:
         errors.append(str(error))
     raise_all(errors)
     per_token = bool(raw["vae"]["is_residual"])  # the one model with the VAE of 2.2 is TI2V-5B
-    return {
+    found = {
         "format_version": FORMAT_VERSION,
         "family": FAMILY.name,
         "variant": FAMILY.variant(configs),
@@ -109,6 +111,8 @@ def read_config(folder: Path) -> dict:
         "scheduler": dict(sorted((_SCHEDULER | {"flow_shift": _FLOW_SHIFT[per_token]}).items())),
         "defaults": defaults,
     }
+    FAMILY.traits_at(folder, configs, found)
+    return found
 
 
 def open_component(folder: Path, family: Family, name: str, raw: dict) -> Source:

@@ -80,6 +80,8 @@ def _locate(file: Path, raw: io.BufferedReader, name: str, view: _View, record: 
     where = f"{file}: tensor {name}"
     if not _in_order(view.shape, view.strides):
         raise UserError(f"{where} is stored with strides {view.strides}; save it again as a contiguous tensor")
+    if view.offset < 0 or any(n < 0 for n in view.shape):
+        raise UserError(f"{where} has shape {view.shape} at offset {view.offset}; the file is damaged")
     size = view.storage.dtype.itemsize
     if record is None or (view.offset + math.prod(view.shape)) * size > record.file_size:
         raise UserError(f"{where} has no numbers in the file, or too few; the file is damaged, download it again")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sdv_jax.checkpoints import diffusers_folder, model_folder
+from sdv_jax.checkpoints import diffusers_folder, model_folder, original_wan
 from sdv_jax.checkpoints.safetensors_io import variant_of, weights_file
 from sdv_jax.errors import UserError
 
@@ -45,11 +45,12 @@ class Comparison:
 def verify(
     src: str | os.PathLike, model: str | os.PathLike, *, tolerance: float = TOLERANCE, seed: int = 0
 ) -> list[Row]:
-    """Compares the converted folder `model` with the diffusers pipeline `src`; prints a table and returns its rows.
+    """Compares the converted folder `model` with `src` as diffusers runs it; prints a table and returns its rows.
 
-    Both models are held in float32, one component at a time. Weights that conversion narrowed are narrowed in the
-    original too, so that what is compared is the computation. Raises UserError if a relative error exceeds `tolerance`,
-    and where torch or diffusers is not installed.
+    `src` is a diffusers pipeline, or an original release of Wan: its tensors then go into diffusers' classes under the
+    names that conversion gives them. Both models are held in float32, one component at a time. Weights that conversion
+    narrowed are narrowed in the original too, so that what is compared is the computation. Raises UserError if a
+    relative error exceeds `tolerance`, and where torch or diffusers is not installed.
     """
     require_torch()
     src, model = diffusers_folder.locate(src), Path(model)
@@ -58,7 +59,7 @@ def verify(
     rows = []
     print(f"{'component':<20} {'max error':>10} {'relative':>10}")
     for name, config in about.configs.items():
-        theirs = _load_torch(src, name, about.raw, peer)
+        theirs = _load_torch(src, name, about, peer)
         ours = model_folder.load_component(model, name, "float32")
         for row in peer.comparisons(name, config, theirs, np.random.default_rng(seed)):
             part = f"{row.part}, expert 2" if name == "transformer_2" else row.part
@@ -85,19 +86,33 @@ def require_torch() -> None:
         ) from None
 
 
-def _load_torch(folder: Path, name: str, config: dict, peer: ModuleType):
+def _load_torch(folder: Path, name: str, about: model_folder.About, peer: ModuleType):
     """The component as its own library loads it; a class that diffusers lacks is the peer's."""
     import diffusers
     import torch
     import transformers
 
-    library, kind = config["model_index"][name]
+    library, kind = about.raw["model_index"][name]
     cls = getattr(peer, kind, None) or getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
-    model = cls.from_pretrained(folder / name, variant=variant_of(weights_file(folder / name).name))
-    stored = getattr(torch, config.get("dtype", {}).get(name, ""), None)
+    if original_wan.recognises(folder):
+        model = _load_original(folder, name, about, cls)
+    else:
+        model = cls.from_pretrained(folder / name, variant=variant_of(weights_file(folder / name).name))
+    stored = getattr(torch, about.raw.get("dtype", {}).get(name, ""), None)
     for parameter in model.requires_grad_(False).parameters():
         parameter.data = parameter.data.to(stored if isinstance(stored, torch.dtype) else parameter.dtype).float()
     return model.eval()
+
+
+def _load_original(folder: Path, name: str, about: model_folder.About, cls: type):
+    """The component of an original release in the torch class `cls`, of the config that conversion derived."""
+    raw, component = about.raw["config"][name], about.family.components[name]
+    source = original_wan.open_component(folder, about.family, name, raw)
+    weights = {tensor: torch_of(found.read().astype(np.float32)) for tensor, found in source.tensors.items()}
+    weights |= {alias: weights[tensor] for alias, tensor in component.rules(about.configs[name]).aliases.items()}
+    model = cls.from_config(raw) if hasattr(cls, "from_config") else cls(cls.config_class(**raw))
+    model.load_state_dict(weights)
+    return model
 
 
 def _run(module: nnx.Module, call: Callable, *inputs: np.ndarray | None) -> np.ndarray:

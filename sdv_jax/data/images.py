@@ -69,6 +69,17 @@ def fit_image(
     return np.asarray(image, np.float32) / 127.5 - 1.0
 
 
+def stretch_image(
+    pixels: UInt8[np.ndarray, "h w 3"], *, height: int, width: int
+) -> Float[np.ndarray, "height width 3"]:
+    """`pixels` resized to height x width whatever their proportions, float32 in [-1, 1].
+
+    What diffusers' image-to-video pipelines do to a first frame (`VideoProcessor.preprocess`, Lanczos).
+    """
+    image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(image, np.float32) / 127.5 - 1.0
+
+
 def _from_file(path: pathlib.Path, name: str) -> np.ndarray:
     if not path.exists():
         raise UserError(f"{name} does not exist; check the path")

@@ -12,6 +12,7 @@ Source: arXiv 2210.02747; the shift: arXiv 2403.03206, section 5.3.2; diffusers 
 import dataclasses
 import json
 import math
+import numbers
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -151,7 +152,8 @@ class FlowSchedulerConfig:
         """From the parsed json. `_class_name` is required; other keys that start with "_" are notes of the writer.
 
         What the file leaves out has the default of its diffusers class, which for UniPC is not a flow: such a file is
-        refused.
+        refused. Settings that only the other class has are left unread, as diffusers does: its `from_config` makes such
+        files when it goes from one class to the other.
 
         Raises UserError on an unknown class, an unknown key, or a bad or unimplemented value.
         """
@@ -159,7 +161,8 @@ class FlowSchedulerConfig:
         if class_name not in CLASS_NAMES:
             raise UserError(f"scheduler: unknown class {class_name!r}; known flow classes: {', '.join(CLASS_NAMES)}")
         ours = {_IN_FILE[class_name].get(name, name): name for name in _SETTINGS[class_name]}
-        values = {key: value for key, value in entries.items() if not key.startswith("_")}
+        others = {_IN_FILE[other].get(name, name) for other in CLASS_NAMES for name in _SETTINGS[other]} - set(ours)
+        values = {key: value for key, value in entries.items() if not key.startswith("_") and key not in others}
         if unknown := sorted(set(values) - set(ours)):
             raise UserError(
                 f"scheduler: {class_name} has no setting {', '.join(unknown)}; known: {', '.join(sorted(ours))}"
@@ -182,6 +185,7 @@ def with_flow_shift(config: FlowSchedulerConfig, shift: float) -> FlowSchedulerC
     """The config with another shift. Raises UserError where the scheduler has none, or on a bad number."""
     if not isinstance(config, FlowSchedulerConfig):
         raise UserError(f"flow_shift: {config.class_name} has no shift; flow schedulers: {', '.join(CLASS_NAMES)}")
+    shift = float(shift) if isinstance(shift, numbers.Real) and not isinstance(shift, bool) else shift
     check_shift(shift)
     return dataclasses.replace(config, flow_shift=shift)
 

@@ -129,6 +129,13 @@ class Traits:
     second_guidance: float | None = None
 
 
+def check_fit(*claims: tuple[str, object, str, object]) -> None:
+    """Raises UserError where parts of a pipeline do not fit one another; a claim is (key, value, other key, value)."""
+    wrong = [f"{key} is {value}, expected {other} of {at}" for key, value, at, other in claims if value != other]
+    if wrong:
+        raise UserError(f"parts of different models: {'; '.join(wrong)}")
+
+
 def check_references_before(reference: Mapping | None, family: str) -> None:
     """For families whose references stand before the clip, always: the settings that would move them have to be as in
     configs/base.py. Raises UserError.

@@ -85,11 +85,15 @@ def draw_latents(batch: Batch, key: Key[Array, ""], objective: Objective) -> Flo
     return _posterior(batch["mean"], batch["logvar"], key, objective)
 
 
-def draw_reference(batch: Batch, key: Key[Array, ""], objective: Objective) -> Float[Array, "b 1 h w c"]:
-    """One of each example's k reference frames or views, uniformly, as a sample of its posterior, scaled."""
+def draw_references(
+    batch: Batch, key: Key[Array, ""], objective: Objective, count: int = 1
+) -> Float[Array, "b k h w c"]:
+    """`count` different ones of each example's reference frames or views, uniformly, in drawn order, as samples of
+    their posteriors, scaled.
+    """
     choice_key, sample_key = jax.random.split(key)
-    count, views = batch["reference_mean"].shape[:2]
-    choice = jax.random.randint(choice_key, (count, 1, 1, 1, 1), 0, views)
+    order = jnp.argsort(jax.random.uniform(choice_key, batch["reference_mean"].shape[:2]), axis=1)
+    choice = order[:, :count, None, None, None]
     mean, logvar = (jnp.take_along_axis(batch[name], choice, axis=1) for name in ("reference_mean", "reference_logvar"))
     return _posterior(mean, logvar, sample_key, objective)
 

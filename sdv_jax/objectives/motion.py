@@ -2,28 +2,30 @@
 
 import jax
 
-from sdv_jax.adapters import reference as references
+from sdv_jax.adapters.reference import keep_index
 from sdv_jax.objectives import denoising
 from sdv_jax.objectives.denoising import Batch, Denoiser, Objective
 from sdv_jax.typing import Array, Float, Key
 
 
 def loss(
-    model: Denoiser, batch: Batch, empty_text: Array, key: Key[Array, ""], *, objective: Objective, token_drop: float
-) -> Float[Array, ""]:
+    model: Denoiser, batch: Batch, empty_text: Array, key: Key[Array, ""], *, objective: Objective, token_drop: float,
+    references: int = 1,
+) -> Float[Array, ""]:  # fmt: skip
     """The loss on the clip.
 
-    The reference frame is drawn uniformly over the clip's pixel frames, each encoded as a single image. Of its N tokens
+    The reference frame is drawn uniformly over the clip's pixel frames, each encoded as a single image; `references`
+    asks for several different ones. Of their N tokens
     round((1 - token_drop) · N) are kept per example, drawn without replacement, with their positions.
     """
     latent_key, reference_key, token_key, text_key, loss_key = jax.random.split(key, 5)
     latents = denoising.draw_latents(batch, latent_key, objective)
     text = denoising.draw_text(batch, empty_text, text_key, objective)
-    reference = denoising.draw_reference(batch, reference_key, objective)
+    reference = denoising.draw_references(batch, reference_key, objective, references)
     index = None
     if token_drop > 0:
-        tokens = objective.geometry.frame_tokens(*latents.shape[2:4])
-        index = references.keep_index(token_key, latents.shape[0], tokens, token_drop)
+        tokens = references * objective.geometry.frame_tokens(*latents.shape[2:4])
+        index = keep_index(token_key, latents.shape[0], tokens, token_drop)
     return denoising.loss(
         model, latents, text, loss_key, objective=objective, reference=reference, reference_index=index
     )

@@ -27,11 +27,17 @@ PLACEMENTS = {
     "after the clip, one grid width aside": {"placement": "after", "offset": 1, "shift": 1.0},
 }
 STEPS, SAMPLING = 1200, demo.Sampling()
-COLUMNS = ("identity_gap_closed", "wrong_reference_gap_closed", "motion_kept", "clean_kept")
+COLUMNS = (
+    "identity_gap_closed", "wrong_reference_gap_closed", "motion_kept", "clean_kept", "identity_loss", "motion_loss",
+)  # fmt: skip
+LAST = 200  # steps whose losses are averaged: the same batches and noise for every placement
 
 
 def run(workdir: str | Path, steps: int = STEPS, *, sampling: demo.Sampling = SAMPLING) -> dict[str, dict]:
-    """Name of the placement -> verdicts of `score.compare`. Raises UserError where training was interrupted."""
+    """Name of the placement -> verdicts of `score.compare`, and the losses of the last steps with a reference.
+
+    Raises UserError where training was interrupted.
+    """
     workdir, shipped, found = Path(workdir), demo.SHIPPED["wan"], {}
     trial = trials(World(), sampling.pool_seed, sampling.subjects)
     for number, (name, placement) in enumerate(PLACEMENTS.items()):
@@ -42,12 +48,19 @@ def run(workdir: str | Path, steps: int = STEPS, *, sampling: demo.Sampling = SA
                 raise UserError("placements: training was interrupted; the same command goes on from its checkpoint")
             clips = demo.sample(shipped.base, own / "adapter", trial, sampling)
             _, verdicts = compare(World(), trial.scenes, **clips)
-            (own / "scores.json").write_text(json.dumps(verdicts, indent=2))
+            (own / "scores.json").write_text(json.dumps(verdicts | _losses(own / "metrics.jsonl"), indent=2))
         found[name] = json.loads((own / "scores.json").read_text())
         (workdir / "scores.json").write_text(json.dumps(found, indent=2))
         (workdir / "table.md").write_text(table(found))
         print(table({name: found[name]}))
     return found
+
+
+def _losses(metrics: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()[-LAST:]]
+    found = {task: [line["loss"] for line in lines if line["task"] == task and line.get("reference", True)]
+             for task in ("identity", "motion")}  # fmt: skip
+    return {f"{task}_loss": sum(losses) / len(losses) for task, losses in found.items() if losses}
 
 
 def _config(shipped: demo.Shipped, steps: int, placement: dict) -> configs.Config:
@@ -59,7 +72,7 @@ def _config(shipped: demo.Shipped, steps: int, placement: dict) -> configs.Confi
 def table(found: dict[str, dict]) -> str:
     """One row per placement, in markdown."""
     head = ["reference stands", *COLUMNS]
-    rows = [[name, *(f"{verdicts[column]:.3f}" for column in COLUMNS)] for name, verdicts in found.items()]
+    rows = [[name, *(f"{verdicts[column]:.4f}" for column in COLUMNS)] for name, verdicts in found.items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 

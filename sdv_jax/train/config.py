@@ -75,12 +75,14 @@ class Switch:
 class Identity:
     batch_size: int
     view_drop: float
+    references: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
     batch_size: int
     token_drop: float
+    references: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +179,7 @@ BELOW_ONE = ("motion.token_drop", "lora.dropout", "train.ema_decay", "optimizer.
 POSITIVE = (
     "small_world.pairs", "small_world.clips", "train.steps", "train.save_every", "train.keep", "train.log_every",
     "identity.batch_size", "motion.batch_size", "text_to_video.batch_size", "lora.rank", "lora.alpha",
+    "identity.references", "motion.references",
     "optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip", "optimizer.cycles", "noise.logit_std",
 )  # fmt: skip
 NOT_NEGATIVE = (

@@ -84,12 +84,16 @@ def _reads(stream: str, programs: tuple[str, ...]) -> np.ndarray:
 
 def _losses(config: Config, objective: Objective) -> dict[str, Callable]:
     def identity_loss(model, batch, empty_text, key, *, view_dropped):
-        return identity.loss(model, batch["identity"], empty_text, key, objective=objective, view_dropped=view_dropped)
+        return identity.loss(
+            model, batch["identity"], empty_text, key, objective=objective, view_dropped=view_dropped,
+            references=config.identity.references,
+        )  # fmt: skip
 
     def motion_loss(model, batch, empty_text, key):
         return motion.loss(
-            model, batch["motion"], empty_text, key, objective=objective, token_drop=config.motion.token_drop
-        )
+            model, batch["motion"], empty_text, key, objective=objective, token_drop=config.motion.token_drop,
+            references=config.motion.references,
+        )  # fmt: skip
 
     def text_to_video_loss(model, batch, empty_text, key):
         weight = config.text_to_video.image_weight

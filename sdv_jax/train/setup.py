@@ -78,6 +78,9 @@ def check_data(config: Config, data: Mapping[str, LatentDataset], traits: Traits
         source = getattr(config.data, name)
         where = f"data.{name} ({source})" if source else f"data.{name}"
         _check_latents(where, dataset, traits)
+        if (views := dataset.reference_mean.shape[1]) < (wanted := getattr(config, name).references):
+            asked = f"expected {name}.references = {wanted} or more"
+            raise UserError(f"{where}: {views} reference views per example, {asked}")
         length, width = dataset.text.shape[1], None if dataset.has_token_ids else dataset.text.shape[2]
         if length != traits.text_length:
             raise UserError(

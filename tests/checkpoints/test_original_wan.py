@@ -231,7 +231,7 @@ REFUSALS = {
     "more than tensors": (rewrite_pth(T5, lambda t: t.update(step=3)), "'step' is no tensor"),
     "not a number": (
         rewrite_pth(VAE, lambda t: t["conv1.bias"].fill_(float("nan"))),
-        "tensor quant_conv.bias holds NaN or infinite values",
+        "tensor conv1.bias holds NaN or infinite values",
     ),
 }
 
@@ -255,9 +255,14 @@ def test_an_expert_is_missing(folders, tmp_path):
         convert(release, tmp_path / "model", progress=False)
 
 
-def test_verify_is_refused_at_once(folders, tmp_path):
-    with pytest.raises(UserError, match="verify compares with diffusers"):
-        convert(folders("Wan2.1-T2V")[1], tmp_path / "model", verify=True, progress=False)
+@pytest.mark.parametrize("kind", ["Wan2.1-T2V", "Wan2.2-A14B"])
+def test_a_release_is_verified_too(folders, tmp_path, capsys, kind):
+    convert(folders(kind)[1], tmp_path / "model", verify=True, progress=False)
+    rows = [line.rsplit(maxsplit=2) for line in capsys.readouterr().out.splitlines()[1:]]
+    parts = {"transformer", "first frame given", "vae encode", "vae decode", "text encoder"}
+    if kind == "Wan2.2-A14B":
+        parts |= {"transformer, expert 2", "first frame given, expert 2"}
+    assert {name for name, *_ in rows} == parts and all(float(relative) <= 1e-4 for *_, relative in rows)
 
 
 def test_another_text_length_is_kept(folders, tmp_path):

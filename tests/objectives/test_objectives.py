@@ -112,11 +112,29 @@ def test_latents_are_samples_of_the_posterior_scaled():
 
 def test_a_reference_is_one_of_the_views_each_equally_often():
     batch = _batch(n=2000)
-    drawn = denoising.draw_reference(batch, KEY, OBJECTIVE)
+    drawn = denoising.draw_references(batch, KEY, OBJECTIVE)
     match = np.isclose(np.asarray(drawn), 0.5 * np.asarray(batch["reference_mean"]), atol=1e-5).all(axis=(2, 3, 4))
     assert drawn.shape == (2000, 1, 6, 4, 4)
     assert (match.sum(axis=1) == 1).all()
     assert (abs(match.mean(axis=0) - 0.25) < 0.04).all()
+
+
+def test_several_references_are_different_views():
+    batch = _batch(n=500)
+    drawn = denoising.draw_references(batch, KEY, OBJECTIVE, 3)
+    views = 0.5 * np.asarray(batch["reference_mean"])
+    match = np.isclose(np.asarray(drawn)[:, :, None], views[:, None], atol=1e-5).all(axis=(3, 4, 5))
+    assert drawn.shape == (500, 3, 6, 4, 4) and (match.sum(axis=2) == 1).all() and match.sum(axis=1).max() == 1
+    assert len(np.unique(match.argmax(axis=2), axis=0)) == 4 * 3 * 2, "their order is drawn too"
+
+
+def test_several_references_reach_the_model_and_share_its_token_drop():
+    batch, given = _batch(n=64, frames=3), Recorder()
+    identity.loss(given, batch, EMPTY, KEY, objective=OBJECTIVE, view_dropped=False, references=2)
+    assert given.calls[0].reference.shape == (64, 2, 6, 4, 4)
+    motion.loss(given, batch, EMPTY, KEY, objective=OBJECTIVE, token_drop=0.5, references=3)
+    index = np.asarray(given.calls[1].reference_index)  # of 3 references of 6 tokens
+    assert index.shape == (64, 9) and index.max() == 17
 
 
 def test_text_dropout_gives_the_empty_prompt():

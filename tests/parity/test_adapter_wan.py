@@ -105,7 +105,7 @@ def test_wan_pipeline_loads_the_training_folder_itself(theirs, trained, tmp_path
     assert_close(run_theirs(theirs), run_ours(trained), relative=1e-4)
 
 
-def test_the_patch_embedding_is_the_convolution_that_it_is_there(theirs, ours, tmp_path):
+def test_the_patch_embedding_is_the_convolution_that_it_is_there(theirs, ours, tmp_path, caplog):
     config = lora.LoraConfig(rank=RANK, alpha=RANK, targets=("patch_embedding",))
     lora.add(ours, config, names=RULES.to_torch_module_name, rngs=nnx.Rngs(0))
     layer = ours.patch_embedding.lora
@@ -113,8 +113,9 @@ def test_the_patch_embedding_is_the_convolution_that_it_is_there(theirs, ours, t
     adapter_files.save(ours, tmp_path)
     pipeline(theirs).load_lora_weights(tmp_path)
     assert_close(run_theirs(theirs), run_ours(ours), relative=1e-4)
-    # By its original name diffusers does not know it, and says so.
+    # By its original name diffusers does not know it, and says so, as do we.
     adapter_files.export(tmp_path, tmp_path / "comfyui.safetensors", format="comfyui")
+    assert "diffusers does not read an adapter of these layers in this style" in caplog.text
     with pytest.raises(ValueError):
         pipeline(theirs).load_lora_weights(tmp_path, weight_name="comfyui.safetensors")
 

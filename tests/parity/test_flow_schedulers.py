@@ -1,6 +1,7 @@
 """Flow schedules and solvers against the schedulers of diffusers, which run the loop of its Wan pipeline."""
 
 import inspect
+import json
 
 import jax
 import jax.numpy as jnp
@@ -210,3 +211,16 @@ def test_two_experts_in_two_phases(steps):
         denoise = classifier_free(_predict(weights), positive, negative=negative)
         carry = run(denoise, solver, carry, begin=begin, end=end, guidance=scales)
     assert_close(carry[1], x, 1e-4)
+
+
+@pytest.mark.parametrize("shift", [3.0, 5.0])
+def test_files_that_diffusers_makes_when_the_class_changes(shift):
+    """`from_config` leaves the old class's settings in the file, and reads them not."""
+    unipc = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=7.0)
+    euler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(unipc.config, shift=shift)
+    back = diffusers.UniPCMultistepScheduler.from_config(euler.config)
+    for theirs in (euler, back):
+        saved = {"_class_name": type(theirs).__name__, **{k: v for k, v in theirs.config.items() if k[0] != "_"}}
+        theirs.set_timesteps(6)
+        found = FlowSchedule(scheduler_config(json.loads(json.dumps(saved)))).sigmas(6)
+        np.testing.assert_allclose(found, theirs.sigmas.numpy(), rtol=1e-6)

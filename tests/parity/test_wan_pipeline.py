@@ -76,6 +76,14 @@ def test_video_in_a_batch(pair):
     assert_close(ours, theirs, relative=1e-3)
 
 
+@pytest.mark.parametrize("size", [(64, 32), (50, 91)])
+@pytest.mark.parametrize("pair", ["ti2v"], indirect=True)
+def test_a_picture_of_another_shape_is_resized_as_there(pair, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    ours, theirs = run_both(pair, frames=5, height=32, width=64, image=Image.fromarray(pixels))
+    assert_close(ours, theirs, relative=1e-3)
+
+
 @pytest.mark.parametrize("scheduler", ["unipc", "euler"])
 @pytest.mark.parametrize("pair", ["ti2v"], indirect=True)
 def test_image_to_video(pair, scheduler):

@@ -85,12 +85,19 @@ def _adapter(result):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("reference.placement", "before"), ("reference.shift", 0.0), ("reference.offset", 5), ("noise.shift", 1.0)],
+    [("reference.placement", "before"), ("reference.shift", 0.0), ("reference.offset", 5), ("noise.shift", 1.0),
+     ("identity.references", 2), ("motion.references", 3)],
 )
 def test_fields_of_the_config_matter(unbroken, tmp_path, key, value):
     settings = config(**{key: value, "train.steps": 3})
     loop.run(settings, tmp_path, data=data(settings), shown=False)
     assert losses(tmp_path) != losses(unbroken[0])[:3]
+
+
+def test_more_references_than_views_are_refused(tmp_path):
+    settings = config(**{"identity.references": 9})
+    with pytest.raises(UserError, match="data.identity: 2 reference views .*, expected identity.references = 9 or"):
+        loop.run(settings, tmp_path, data=data(settings), shown=False)
 
 
 def test_what_wan_does_not_have_is_told(tmp_path):

@@ -8,13 +8,21 @@ from sdv_jax.diffusion.schedules import SchedulerConfig
 from sdv_jax.models.cogvideox import LORA_TARGETS, SHARDING, VARIANTS, rules
 from sdv_jax.models.cogvideox.transformer import Transformer, TransformerConfig
 from sdv_jax.models.cogvideox.vae import VAE, VAEConfig
-from sdv_jax.models.contract import Geometry, LatentScale, Traits, check_references_before
+from sdv_jax.models.contract import Geometry, LatentScale, Traits, check_fit, check_references_before
 from sdv_jax.models.text.t5 import T5Config, T5Encoder
 
 
 def traits(configs: Mapping[str, object], about: Mapping) -> Traits:
-    """Sizes come from the transformer's config, as in diffusers' pipelines."""
+    """Sizes come from the transformer, as in diffusers' pipelines. Raises UserError for parts that do not fit."""
     transformer, vae, own = configs["transformer"], configs["vae"], about.get("defaults", {})
+    takes_image = transformer.in_channels == 2 * vae.latent_channels
+    check_fit(
+        ("transformer.out_channels", transformer.out_channels, "vae.latent_channels", vae.latent_channels),
+        ("transformer.in_channels", transformer.in_channels, "vae.latent_channels, or twice that,",
+         2 * vae.latent_channels if takes_image else vae.latent_channels),
+        ("transformer.text_embed_dim", transformer.text_embed_dim, "text_encoder.d_model",
+         configs["text_encoder"].d_model),
+    )  # fmt: skip
     spatial, temporal = 2 ** (len(vae.block_out_channels) - 1), int(vae.temporal_compression_ratio)
     image = LatentScale.factor(1 / vae.scaling_factor if vae.invert_scale_latents else vae.scaling_factor)
     return Traits(
@@ -30,7 +38,7 @@ def traits(configs: Mapping[str, object], about: Mapping) -> Traits:
             period=1 if temporal == 1 else 2 * temporal,
         ),
         latents=LatentScale.factor(vae.scaling_factor),
-        image_latents=image if transformer.in_channels == 2 * vae.latent_channels else None,
+        image_latents=image if takes_image else None,
         text_length=transformer.max_text_seq_length,
         text_width=transformer.text_embed_dim,
         steps=own.get("steps", 50),

@@ -6,7 +6,8 @@ from sdv_jax.checkpoints.family import Component, Family
 from sdv_jax.checkpoints.rules import umt5
 from sdv_jax.diffusion.flow import FlowSchedulerConfig
 from sdv_jax.errors import UserError
-from sdv_jax.models.contract import Geometry, LatentScale, Traits
+from sdv_jax.models.config_check import refuse
+from sdv_jax.models.contract import Geometry, LatentScale, Traits, check_fit
 from sdv_jax.models.text.tokenizer import clean_wan
 from sdv_jax.models.text.umt5 import UMT5Config, UMT5Encoder
 from sdv_jax.models.wan import LORA_TARGETS, SHARDING, VARIANTS, original_names, rules, vae_rules
@@ -23,8 +24,12 @@ _PUBLISHED = {
 
 
 def traits(configs: Mapping[str, object], about: Mapping) -> Traits:
-    """Sizes come from the VAE; what else a release sets stands in its model_index.json or in the table above."""
+    """Sizes come from the VAE; what else a release sets stands in its model_index.json or in the table above.
+
+    Raises UserError for parts that do not fit, image-to-video models of 36 input channels among them.
+    """
     transformer, vae, index = configs["transformer"], configs["vae"], about.get("model_index", {})
+    _check(configs, index)
     own = _PUBLISHED.get(about.get("variant"), _ANY) | about.get("defaults", {})
     latents = LatentScale(tuple(vae.latents_mean), tuple(1 / std for std in vae.latents_std), sampled=False)
     expands = index.get("expand_timesteps") is True
@@ -50,9 +55,30 @@ def traits(configs: Mapping[str, object], about: Mapping) -> Traits:
         steps=own["steps"],
         guidance=own["guidance"],
         fps=own["fps"],
-        boundary=index.get("boundary_ratio") if "transformer_2" in configs else None,
+        boundary=index.get("boundary_ratio"),
         second_guidance=own.get("second_guidance"),
     )
+
+
+def _check(configs: Mapping[str, object], index: Mapping) -> None:
+    vae, text, experts = configs["vae"], configs["text_encoder"], [n for n in configs if n.startswith("transformer")]
+    check_fit(*(
+        (f"{name}.{key}", getattr(configs[name], key), at, value)
+        for name in experts
+        for key, at, value in (
+            ("in_channels", "vae.z_dim", vae.latent_channels),
+            ("out_channels", "vae.z_dim", vae.latent_channels),
+            ("text_dim", "text_encoder.d_model", text.d_model),
+            ("patch_size", "transformer.patch_size", configs["transformer"].patch_size),
+        )
+    ))  # fmt: skip
+    boundary, expands = index.get("boundary_ratio"), index.get("expand_timesteps", False)
+    if boundary is not None and (type(boundary) not in (int, float) or not 0 < boundary < 1):
+        refuse("model_index.json", "boundary_ratio", boundary, "null or a number between 0 and 1")
+    if boundary is not None and len(experts) < 2:
+        refuse("model_index.json", "boundary_ratio", boundary, "null, as there is no transformer_2")
+    if expands is not None and type(expands) is not bool:
+        refuse("model_index.json", "expand_timesteps", expands, "true or false")
 
 
 def options(adaln: str, reference: Mapping | None) -> dict:
