@@ -12,4 +12,10 @@ from configs import small_world_cogvideox
 def get_config():
     config = small_world_cogvideox.get_config()
     config.model.path = "models/small-world-wan"
+    # The place that a small base, which knows three latent frames, makes most of: docs/small_world.md compares them.
+    config.reference.placement = "before"
+    config.reference.shift = 0.0
+
+    config.train.steps = 3600
+    config.optimizer.cycles = 1
     return config
