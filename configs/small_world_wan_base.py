@@ -1,7 +1,8 @@
 """The Wan text-to-video base of the small world, from nothing: UMT5 trained along, flow matching, Muon, averaging.
 
 Target: as configs/small_world_base.py: prompts for motion and background are followed, and every clip shows one clean
-subject over all its frames. About an hour on two CPU cores, the autoencoder before it a quarter of an hour.
+subject over all its frames. Reached: all prompts followed, but one unchanging subject in 45% of the clips only. An hour
+and a half on two CPU cores, the autoencoder before it a quarter of an hour.
 
     python -m sdv_jax.small_world.base --config configs/small_world_wan_base.py --workdir runs/wan_base \\
         --out models/small-world-wan
