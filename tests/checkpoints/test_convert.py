@@ -226,7 +226,10 @@ REFUSALS = {
         "transformer/config.json: transformer config: num_layers = 1000000; expected a whole number <= 10000",
     ),
     "wider than any file": (
-        lambda s: edit(s / "text_encoder/config.json", d_ff=2**24, d_model=2**24, num_layers=10_000),
+        lambda s: (
+            edit(s / "text_encoder/config.json", d_ff=2**24, d_model=2**24, num_layers=10_000),
+            edit(s / "transformer/config.json", text_embed_dim=2**24),
+        ),
         "text_encoder: the config asks for blocks.ff.wi_0.kernel of shape (10000, 16777216, 16777216)",
     ),
     "unknown scheduler": (
@@ -320,7 +323,11 @@ def test_export_of_something_else(source, tmp_path):
 
 def enlarge(source, *, vocab: int, layers: int, ff: int, kind: str) -> int:
     """Gives `source` a text encoder of this size and returns the bytes of its largest tensor."""
-    width = 512
+    width, projection = 512, "patch_embed.text_proj.weight"
+    transformer = tensors(source)["transformer"]
+    transformer[projection] = np.resize(transformer[projection], (len(transformer[projection]), width))
+    rewrite(source, "transformer", transformer)
+    edit(source / "transformer/config.json", text_embed_dim=width)
     edit(
         source / "text_encoder/config.json",
         vocab_size=vocab,

@@ -89,9 +89,9 @@ def _adapter(result):
      ("identity.references", 2), ("motion.references", 3)],
 )
 def test_fields_of_the_config_matter(unbroken, tmp_path, key, value):
-    settings = config(**{key: value, "train.steps": 3})
+    settings = config(**{key: value})
     loop.run(settings, tmp_path, data=data(settings), shown=False)
-    assert losses(tmp_path) != losses(unbroken[0])[:3]
+    assert losses(tmp_path) != losses(unbroken[0])
 
 
 def test_more_references_than_views_are_refused(tmp_path):
