@@ -1,4 +1,4 @@
-"""Which tokens of a reference image a training step keeps."""
+"""Which references, and which of their tokens, a training step keeps."""
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,14 @@ def kept_count(tokens: int, drop: float) -> int:
     return max(1, round((1 - drop) * tokens))
 
 
+def draw_distinct(key: Key[Array, ""], batch: int, size: int, count: int) -> Int[Array, "b r"]:
+    """For each example `count` different ones of 0..size-1, uniformly, in drawn order."""
+    return jnp.argsort(jax.random.uniform(key, (batch, size)), axis=1)[:, :count]
+
+
 def keep_index(key: Key[Array, ""], batch: int, tokens: int, drop: float) -> Int[Array, "b r"]:
     """Which reference tokens each example keeps: drawn without replacement, in increasing order.
 
     Our reading of paper A's TokenDrop (p_drop = 0.5): dropped tokens leave the sequence, others keep their positions.
     """
-    order = jnp.argsort(jax.random.uniform(key, (batch, tokens)), axis=1)
-    return jnp.sort(order[:, :kept_count(tokens, drop)], axis=1)
+    return jnp.sort(draw_distinct(key, batch, tokens, kept_count(tokens, drop)), axis=1)

@@ -123,14 +123,14 @@ def export(adapter: str | os.PathLike, out: str | os.PathLike, *, format: str = 
             raise UserError(f"{path} is already there; remove it or choose another name")
     contents = read(adapter, alpha)
     names, found = _published(contents, format)
-    if contents.info.adaln_lora != "all" and any(".norm" in names.published(*place) for place in found):
+    modules = {names.published(*place): module for place, (_, module) in found.items()}
+    if contents.info.adaln_lora != "all" and any(".norm" in name for name in modules):
         logger.warning("%s: its adaLN layers are for reference tokens; other tools apply them to every token", out)
-    written = {names.published(*place) for place in found}
-    if names.renames(format) and ("patch_embedding" in written or not any("blocks." in name for name in written)):
+    if names.renames(format) and ("patch_embedding" in modules or not any("blocks." in name for name in modules)):
         logger.warning("%s: diffusers does not read an adapter of these layers in this style, only as diffusers", out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {names.published(*place): (finite(m.a), finite(m.b), m.scale) for place, (_, m) in found.items()}
+        arrays = {name: (finite(module.a), finite(module.b), module.scale) for name, module in modules.items()}
         config = _write(out, arrays, names, format, where=str(contents.file), notes=contents.info.notes)
         for path in beside:
             write_json(path, config)

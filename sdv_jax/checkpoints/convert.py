@@ -50,7 +50,7 @@ def convert(
     folder = diffusers_folder.locate(src)
     layout = original_wan if original_wan.recognises(folder) else diffusers_folder
     config = layout.read_config(folder) | {"source": str(src)}
-    family = model_folder.family_of(config, folder)
+    family = model_folder.understood(config, folder).family
     sources, errors = {}, []
     for name in config["config"]:
         try:

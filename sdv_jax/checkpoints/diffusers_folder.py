@@ -70,7 +70,7 @@ def read_config(folder: Path) -> dict:
     check_scheduler(family, scheduler, folder / "scheduler" / "scheduler_config.json")
     check_tokenizer(tokenizer(folder))
     defaults = folder / DEFAULTS_FILE
-    found = {
+    return {
         "format_version": FORMAT_VERSION,
         "family": family.name,
         "variant": family.variant(configs),
@@ -80,8 +80,6 @@ def read_config(folder: Path) -> dict:
         "scheduler": scheduler,
         "defaults": check_defaults(read_json(defaults), str(defaults)) if defaults.is_file() else {},
     }
-    family.traits_at(folder, configs, found)
-    return found
 
 
 def open_component(folder: Path, family: Family, name: str, raw: dict) -> Source:

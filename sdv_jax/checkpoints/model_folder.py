@@ -138,8 +138,15 @@ class About:
 
 
 def about(path: str | os.PathLike) -> About:
-    """What the json files in `path` (a converted or a diffusers folder) say. Raises UserError as `read_config` does."""
-    raw, folder = read_config(path), Path(path)
+    """What the json files in `path` (a converted or a diffusers folder) say.
+
+    Raises UserError as `read_config` does, and for components that do not fit one another.
+    """
+    return understood(read_config(path), Path(path))
+
+
+def understood(raw: dict, folder: Path) -> About:
+    """What `read_config` of any layout returned for `folder`, understood. Raises UserError as `about` does."""
     family = family_of(raw, folder)
     configs = {name: parse_component(family, name, found, folder / name) for name, found in raw["config"].items()}
     return About(raw, family, configs, family.traits_at(folder, configs, raw))

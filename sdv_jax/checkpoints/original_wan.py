@@ -101,7 +101,7 @@ def read_config(folder: Path) -> dict:
         errors.append(str(error))
     raise_all(errors)
     per_token = bool(raw["vae"]["is_residual"])  # the one model with the VAE of 2.2 is TI2V-5B
-    found = {
+    return {
         "format_version": FORMAT_VERSION,
         "family": FAMILY.name,
         "variant": FAMILY.variant(configs),
@@ -111,8 +111,6 @@ def read_config(folder: Path) -> dict:
         "scheduler": dict(sorted((_SCHEDULER | {"flow_shift": _FLOW_SHIFT[per_token]}).items())),
         "defaults": defaults,
     }
-    FAMILY.traits_at(folder, configs, found)
-    return found
 
 
 def open_component(folder: Path, family: Family, name: str, raw: dict) -> Source:

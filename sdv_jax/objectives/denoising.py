@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sdv_jax.adapters.reference import draw_distinct
 from sdv_jax.diffusion import AnySchedule, draw_timesteps
 from sdv_jax.models.contract import Geometry, LatentScale
 from sdv_jax.models.text.encode import encode
@@ -92,8 +93,7 @@ def draw_references(
     their posteriors, scaled.
     """
     choice_key, sample_key = jax.random.split(key)
-    order = jnp.argsort(jax.random.uniform(choice_key, batch["reference_mean"].shape[:2]), axis=1)
-    choice = order[:, :count, None, None, None]
+    choice = draw_distinct(choice_key, *batch["reference_mean"].shape[:2], count)[..., None, None, None]
     mean, logvar = (jnp.take_along_axis(batch[name], choice, axis=1) for name in ("reference_mean", "reference_logvar"))
     return _posterior(mean, logvar, sample_key, objective)
 

@@ -15,8 +15,8 @@ def loss(
     """The loss on the clip.
 
     The reference frame is drawn uniformly over the clip's pixel frames, each encoded as a single image; `references`
-    asks for several different ones. Of their N tokens
-    round((1 - token_drop) · N) are kept per example, drawn without replacement, with their positions.
+    asks for several different ones. Of their N tokens round((1 - token_drop) · N) are kept per example, drawn without
+    replacement, with their positions.
     """
     latent_key, reference_key, token_key, text_key, loss_key = jax.random.split(key, 5)
     latents = denoising.draw_latents(batch, latent_key, objective)

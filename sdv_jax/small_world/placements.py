@@ -1,6 +1,6 @@
 """Where should reference tokens stand in Wan? Adapters that differ in nothing else, trained and scored side by side.
 
-    python -m sdv_jax.small_world.placements --workdir runs/placements [--steps 1200]
+    python -m sdv_jax.small_world.placements --workdir runs/placements [--steps 500]
 
 Paper A says that plain continuation of the time axis, which serves CogVideoX, does badly in Wan, and not what to do. A
 run that was interrupted goes on; what is finished is not done again. Leaves `table.md` and `scores.json` there.
@@ -8,6 +8,7 @@ run that was interrupted goes on; what is finished is not done again. Leaves `ta
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from sdv_jax import training
@@ -26,7 +27,7 @@ PLACEMENTS = {
     "beside the first frames": {"placement": "before", "shift": 1.0},
     "after the clip, one grid width aside": {"placement": "after", "offset": 1, "shift": 1.0},
 }
-STEPS, SAMPLING = 1200, demo.Sampling()
+STEPS, SAMPLING = 500, demo.Sampling()
 COLUMNS = (
     "identity_gap_closed", "wrong_reference_gap_closed", "motion_kept", "clean_kept", "identity_loss", "motion_loss",
 )  # fmt: skip
@@ -60,7 +61,7 @@ def _losses(metrics: Path) -> dict[str, float]:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()[-LAST:]]
     found = {task: [line["loss"] for line in lines if line["task"] == task and line.get("reference", True)]
              for task in ("identity", "motion")}  # fmt: skip
-    return {f"{task}_loss": sum(losses) / len(losses) for task, losses in found.items() if losses}
+    return {f"{task}_loss": sum(losses) / len(losses) if losses else math.nan for task, losses in found.items()}
 
 
 def _config(shipped: demo.Shipped, steps: int, placement: dict) -> configs.Config:

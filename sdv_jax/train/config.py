@@ -178,8 +178,8 @@ PROBABILITIES = ("switch.motion_probability", "identity.view_drop", "text.dropou
 BELOW_ONE = ("motion.token_drop", "lora.dropout", "train.ema_decay", "optimizer.beta1", "optimizer.beta2")
 POSITIVE = (
     "small_world.pairs", "small_world.clips", "train.steps", "train.save_every", "train.keep", "train.log_every",
-    "identity.batch_size", "motion.batch_size", "text_to_video.batch_size", "lora.rank", "lora.alpha",
-    "identity.references", "motion.references",
+    "identity.batch_size", "identity.references", "motion.batch_size", "motion.references",
+    "text_to_video.batch_size", "lora.rank", "lora.alpha",
     "optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip", "optimizer.cycles", "noise.logit_std",
 )  # fmt: skip
 NOT_NEGATIVE = (
