@@ -1,11 +1,12 @@
 """The Wan text-to-video base of the small world, from nothing: UMT5 trained along, flow matching, Muon, averaging.
 
 Target: as configs/small_world_base.py: prompts for motion and background are followed, and every clip shows one clean
-subject over all its frames. Reached: all prompts followed, but one unchanging subject in 45% of the clips only. An hour
-and a half on two CPU cores, the autoencoder before it a quarter of an hour.
+subject over all its frames. Reached: all prompts followed, but one unchanging subject in 45% of the clips only, which
+small_world_wan_base_frames.py improves. An hour and a half on two CPU cores, the autoencoder before it a quarter of an
+hour.
 
     python -m sdv_jax.small_world.base --config configs/small_world_wan_base.py --workdir runs/wan_base \\
-        --out models/small-world-wan
+        --out runs/wan_base/first
 """
 
 from configs import small_world_base
@@ -27,6 +28,7 @@ def get_config():
         steps_offset=0, thresholding=False, timestep_spacing="linspace", trained_betas=None, use_beta_sigmas=False,
         use_exponential_sigmas=False, use_flow_sigmas=True, use_karras_sigmas=False,
     )  # fmt: skip
+    config.model.index = dict(boundary_ratio=None, expand_timesteps=True, transformer_2=(None, None))
     config.model.defaults = dict(
         height=32, width=32, num_frames=9, steps=25, guidance=1.5, fps=8.0, text_length=12,
     )  # fmt: skip

@@ -43,13 +43,16 @@ class Denoiser(nnx.Module):
 class Objective:
     """Fixed over a run.
 
-    `options` are further keywords of the transformer's call (`Family.options`), as pairs; `shift` is that of the
-    timestep law, None for the scheduler's own; `dtype` is that of the activations, the loss is float32.
+    `image_latents` and `clamps_image` say how the model takes a first frame, see `contract.Traits`; `options` are
+    further keywords of the transformer's call (`Family.options`), as pairs; `shift` is that of the timestep law, None
+    for the scheduler's own; `dtype` is that of the activations, the loss is float32.
     """
 
     schedule: AnySchedule
     latents: LatentScale
     geometry: Geometry
+    image_latents: LatentScale | None = None
+    clamps_image: bool = False
     text_dropout: float = 0.0
     timesteps: str = "uniform"
     logit_mean: float = 0.0
@@ -62,9 +65,13 @@ class Objective:
 def loss(
     model: Denoiser, latents: Float[Array, "b t h w c"], text: Float[Array, "b s e"] | Int[Array, "b s"],
     key: Key[Array, ""], *, objective: Objective, reference: Float[Array, "b k h w c"] | None = None,
-    reference_index: Int[Array, "b r"] | None = None,
+    reference_index: Int[Array, "b r"] | None = None, first_frame: bool = False,
 ) -> Float[Array, ""]:  # fmt: skip
-    """Mean squared error of the prediction for `latents` (in the transformer's scale), noised at drawn timesteps."""
+    """Mean squared error of the prediction for `latents` (in the transformer's scale), noised at drawn timesteps.
+
+    With `first_frame` the model is given the clip's own first latent frame; where that frame then stays clean among the
+    latents (`clamps_image`), nothing is to be predicted for it.
+    """
     o = objective
     noise_key, time_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
@@ -75,10 +82,19 @@ def loss(
     noisy = o.schedule.add_noise(latents, noise, timesteps).astype(o.dtype)
     prediction = model.transformer(
         noisy, model.encode_text(text, o.dtype), timesteps, reference=reference, reference_index=reference_index,
-        **dict(o.options),
+        **dict(o.options), **_image(latents, o, first_frame),
     )  # fmt: skip
-    target = o.schedule.target(latents, noise, timesteps)
-    return jnp.mean(jnp.square(prediction.astype(jnp.float32) - target))
+    errors = jnp.square(prediction.astype(jnp.float32) - o.schedule.target(latents, noise, timesteps))
+    return jnp.mean(errors[:, 1:] if first_frame and o.clamps_image else errors)
+
+
+def _image(latents: Float[Array, "b t h w c"], objective: Objective, first_frame: bool) -> dict[str, Array]:
+    """The keyword that hands the first latent frame, which the causal VAE makes of the first picture alone, to a model
+    that takes one.
+    """
+    if not first_frame:
+        return {}
+    return {"image": objective.image_latents.to_model(objective.latents.to_vae(latents[:, :1])).astype(objective.dtype)}
 
 
 def draw_latents(batch: Batch, key: Key[Array, ""], objective: Objective) -> Float[Array, "b t h w c"]:

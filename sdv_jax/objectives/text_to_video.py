@@ -1,4 +1,4 @@
-"""Plain text-to-video training on clips, with still images mixed in: pretraining or full fine-tuning."""
+"""Plain text- and image-to-video training on clips, with still images mixed in: pretraining or full fine-tuning."""
 
 import jax
 
@@ -9,20 +9,42 @@ from sdv_jax.typing import Array, Float, Key
 
 def loss(
     model: Denoiser, clips: Batch, images: Batch | None, empty_text: Array, key: Key[Array, ""], *,
-    objective: Objective, image_weight: float,
+    objective: Objective, image_weight: float, first_frames: int = 0,
 ) -> Float[Array, ""]:  # fmt: skip
-    """(1 - image_weight) · loss on the clips + image_weight · loss on the images, or the clips alone."""
+    """(1 - image_weight) · loss on the clips + image_weight · loss on the images, or the clips alone.
+
+    The first `first_frames` clips of the batch are given their first frame, the others only their caption; each clip
+    counts alike.
+    """
     clip_key, image_key = jax.random.split(key)
-    clip_loss = _plain(model, clips, empty_text, clip_key, objective)
+    clip_loss = _clips(model, clips, empty_text, clip_key, objective, first_frames)
     if images is None:
         return clip_loss
-    return (1 - image_weight) * clip_loss + image_weight * _plain(model, images, empty_text, image_key, objective)
+    image_loss = _plain(model, images, empty_text, image_key, objective)
+    return (1 - image_weight) * clip_loss + image_weight * image_loss
+
+
+def _clips(
+    model: Denoiser, clips: Batch, empty_text: Array, key: Key[Array, ""], objective: Objective, first_frames: int
+) -> Float[Array, ""]:
+    total = clips["text"].shape[0]
+    if not first_frames:
+        return _plain(model, clips, empty_text, key, objective)
+    given = {name: rows[:first_frames] for name, rows in clips.items()}
+    plain = {name: rows[first_frames:] for name, rows in clips.items()}
+    given_key, plain_key = jax.random.split(key)
+    found = _plain(model, given, empty_text, given_key, objective, first_frame=True)
+    if first_frames == total:
+        return found
+    share = first_frames / total
+    return share * found + (1 - share) * _plain(model, plain, empty_text, plain_key, objective)
 
 
 def _plain(
-    model: Denoiser, batch: Batch, empty_text: Array, key: Key[Array, ""], objective: Objective
-) -> Float[Array, ""]:
+    model: Denoiser, batch: Batch, empty_text: Array, key: Key[Array, ""], objective: Objective, *,
+    first_frame: bool = False,
+) -> Float[Array, ""]:  # fmt: skip
     latent_key, text_key, loss_key = jax.random.split(key, 3)
     latents = denoising.draw_latents(batch, latent_key, objective)
     text = denoising.draw_text(batch, empty_text, text_key, objective)
-    return denoising.loss(model, latents, text, loss_key, objective=objective)
+    return denoising.loss(model, latents, text, loss_key, objective=objective, first_frame=first_frame)

@@ -3,9 +3,11 @@
     python -m sdv_jax.small_world.base --config configs/small_world_base.py --workdir runs/base \\
         --out models/small-world-cogvideox
     python -m sdv_jax.small_world.base --config configs/small_world_wan_base.py --workdir runs/wan_base \\
+        --out runs/wan_base/first
+    python -m sdv_jax.small_world.base --config configs/small_world_wan_base_frames.py --workdir runs/wan_base \\
         --out models/small-world-wan
 
-Every stage resumes where it stopped and is skipped once done.
+Every stage resumes where it stopped and is skipped once done; configs that share a workdir share all but the last.
 """
 
 import argparse
@@ -47,13 +49,12 @@ class Recipe:
     """What a family's small base has of its own.
 
     scale: (mean, logvar of latents [n, t, h, w, c]) -> keys of the VAE's config that scale latents to unit variance.
-    text: what transformers wants in text_encoder/config.json. index: further keys of model_index.json.
+    text: what transformers wants in text_encoder/config.json.
     """
 
     autoencoder: AutoencoderConfig
     scale: Callable[[np.ndarray, np.ndarray], dict]
     text: Mapping
-    index: Mapping
 
 
 def _one_factor(mean: np.ndarray, logvar: np.ndarray) -> dict:
@@ -75,12 +76,11 @@ _TEXT = {
 }  # fmt: skip
 RECIPES = {
     "cogvideox": Recipe(
-        AutoencoderConfig(), _one_factor, {"architectures": ["T5EncoderModel"], "model_type": "t5"} | _TEXT, {}
+        AutoencoderConfig(), _one_factor, {"architectures": ["T5EncoderModel"], "model_type": "t5"} | _TEXT
     ),
     "wan": Recipe(
         AutoencoderConfig(vae=TINY_WAN_VAE), _per_channel,
         {"architectures": ["UMT5EncoderModel"], "model_type": "umt5", "scalable_attention": True} | _TEXT,
-        {"boundary_ratio": None, "expand_timesteps": True, "transformer_2": [None, None]},
     ),
 }  # fmt: skip
 
@@ -90,10 +90,11 @@ def make(
     workdir: str | Path,
     out: str | Path,
     *,
+    run: str = "base",
     autoencoder: AutoencoderConfig | None = None,
     sizes: Sizes = Sizes(),
 ) -> None:
-    """Trains everything under `workdir` and writes the pipeline folder `out`."""
+    """Trains everything under `workdir`, the base itself in its folder `run`, and writes the pipeline folder `out`."""
     workdir, world, recipe = Path(workdir), World(), RECIPES[config.model.family]
     pieces = build_tokenizer(workdir / "tokenizer")
     vae = _autoencoder(world, autoencoder or recipe.autoencoder, workdir / "autoencoder", sizes.autoencoder_clips)
@@ -108,7 +109,7 @@ def make(
         data=dataclasses.replace(config.data, identity=str(workdir / "images"), motion=str(workdir / "clips")),
     )
     _prepare(world, vae, setup.about(config), workdir, sizes)
-    result = loop.run(config, workdir / "base")
+    result = loop.run(config, workdir / run)
     if result.finished:
         write(result.model, vae, config, workdir / "tokenizer", out)
 
@@ -120,7 +121,7 @@ def write(model, vae: nnx.Module, config: configs.Config, tokenizer: Path, out: 
     modules = {"transformer": model.transformer, "vae": vae, "text_encoder": encoder}
     save_pipeline(
         out, family, modules, {"text_encoder": {**recipe.text, **dataclasses.asdict(encoder.config)}},
-        scheduler=config.model.scheduler, tokenizer=tokenizer, index=recipe.index, defaults=config.model.defaults,
+        scheduler=config.model.scheduler, tokenizer=tokenizer, index=config.model.index, defaults=config.model.defaults,
     )  # fmt: skip
 
 
@@ -163,7 +164,8 @@ def main() -> None:
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--out", required=True)
     arguments, overrides = parser.parse_known_args()
-    make(configs.load(arguments.config, overrides), arguments.workdir, arguments.out)
+    config = configs.load(arguments.config, overrides)
+    make(config, arguments.workdir, arguments.out, run=Path(arguments.config).stem)
 
 
 if __name__ == "__main__":

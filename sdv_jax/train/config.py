@@ -31,6 +31,7 @@ class Model:
     family: str = "cogvideox"
     vae: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    index: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,7 @@ class TextToVideo:
     batch_size: int
     image_batch_size: int
     image_weight: float
+    first_frame: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +176,10 @@ CHOICES = {
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("cosine", "constant"),
 }
-PROBABILITIES = ("switch.motion_probability", "identity.view_drop", "text.dropout", "text_to_video.image_weight")
+PROBABILITIES = (
+    "switch.motion_probability", "identity.view_drop", "text.dropout", "text_to_video.image_weight",
+    "text_to_video.first_frame",
+)  # fmt: skip
 BELOW_ONE = ("motion.token_drop", "lora.dropout", "train.ema_decay", "optimizer.beta1", "optimizer.beta2")
 POSITIVE = (
     "small_world.pairs", "small_world.clips", "train.steps", "train.save_every", "train.keep", "train.log_every",

@@ -96,10 +96,11 @@ def _losses(config: Config, objective: Objective) -> dict[str, Callable]:
         )  # fmt: skip
 
     def text_to_video_loss(model, batch, empty_text, key):
-        weight = config.text_to_video.image_weight
+        c = config.text_to_video
         return text_to_video.loss(
-            model, batch["motion"], batch.get("identity"), empty_text, key, objective=objective, image_weight=weight
-        )
+            model, batch["motion"], batch.get("identity"), empty_text, key, objective=objective,
+            image_weight=c.image_weight, first_frames=round(c.first_frame * c.batch_size),
+        )  # fmt: skip
 
     return {
         "identity": partial(identity_loss, view_dropped=False),

@@ -68,7 +68,8 @@ def about(config: Config) -> About:
         raise UserError(f"config key 'model.family': expected one of {known}, found {m.family!r}")
     tables = {"transformer": m.transformer, "vae": m.vae, "text_encoder": m.text_encoder}
     configs = {name: family.components[name].make(table, f"model.{name}") for name, table in tables.items()}
-    raw = {"variant": "custom", "scheduler": m.scheduler, "defaults": check_defaults(m.defaults, "model.defaults")}
+    defaults = check_defaults(m.defaults, "model.defaults")
+    raw = {"variant": "custom", "scheduler": m.scheduler, "defaults": defaults, "model_index": m.index}
     return About(raw, family, configs, family.traits(configs, raw))
 
 
@@ -81,6 +82,11 @@ def check_data(config: Config, data: Mapping[str, LatentDataset], traits: Traits
         if (views := dataset.reference_mean.shape[1]) < (wanted := getattr(config, name).references):
             asked = f"expected {name}.references = {wanted} or more"
             raise UserError(f"{where}: {views} reference views per example, {asked}")
+        if name == "motion" and config.text_to_video.first_frame and dataset.mean.shape[1] < 2:
+            raise UserError(
+                f"{where}: clips have one latent frame, expected more: a first frame is given "
+                "(text_to_video.first_frame), and the rest is what is learned"
+            )
         length, width = dataset.text.shape[1], None if dataset.has_token_ids else dataset.text.shape[2]
         if length != traits.text_length:
             raise UserError(
@@ -178,9 +184,13 @@ def objective(config: Config, base: About, latents: LatentScale) -> Objective:
     if config.noise.shift and not isinstance(schedule, FlowSchedule):
         found = f"{schedule.config.class_name} has no shift, found {config.noise.shift}"
         raise UserError(f"config key 'noise.shift': {found}; leave it 0")
+    traits = base.traits
+    if config.text_to_video.first_frame and traits.image_latents is None:
+        raise UserError("config key 'text_to_video.first_frame': this model takes no first frame; leave it 0")
     noise = dataclasses.asdict(config.noise) | {"shift": config.noise.shift or None}
     return Objective(
-        schedule=schedule, latents=latents, geometry=base.traits.geometry, text_dropout=config.text.dropout,
+        schedule=schedule, latents=latents, geometry=traits.geometry, image_latents=traits.image_latents,
+        clamps_image=traits.clamps_image, text_dropout=config.text.dropout,
         options=tuple(options(config, base).items()), dtype=jnp.dtype(config.train.dtype), **noise,
     )  # fmt: skip
 

@@ -192,6 +192,35 @@ def test_text_to_video_weighs_clips_and_images():
     np.testing.assert_allclose(no_images, alone[0], rtol=1e-6)
 
 
+def test_a_given_first_frame_is_the_clips_own_in_the_scale_of_images():
+    clips = _batch(frames=3)
+    for clamps, counted in ((True, slice(1, None)), (False, slice(None))):
+        model = Recorder(lambda x: 0.3 * x)
+        objective = _plain(image_latents=LatentScale.factor(2.0), clamps_image=clamps)
+        found = text_to_video.loss(
+            model, clips, None, EMPTY, KEY, objective=objective, image_weight=0.0, first_frames=2
+        )
+        given, plain = model.calls
+        assert given.latents.shape[0] == 2 and plain.latents.shape[0] == 4 and not hasattr(plain, "image")
+        np.testing.assert_allclose(given.image, 2.0 * clips["mean"][:2, :1], rtol=1e-5)
+        expected = 0.0
+        for call, rows, kept in ((given, slice(0, 2), counted), (plain, slice(2, 6), slice(None))):
+            latents = 0.5 * clips["mean"][rows]
+            level = SCHEDULE.alphas_cumprod[np.asarray(call.timesteps)][:, None, None, None, None]
+            noise = (call.latents - np.sqrt(level) * latents) / np.sqrt(1 - level)
+            errors = np.square(0.3 * call.latents - SCHEDULE.target(latents, noise, call.timesteps))
+            expected += errors.shape[0] / 6 * errors[:, kept].mean()
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_all_clips_may_be_given_their_first_frame():
+    model, objective = Recorder(), _plain(image_latents=OBJECTIVE.latents, clamps_image=True)
+    text_to_video.loss(
+        model, _batch(frames=3), None, EMPTY, KEY, objective=objective, image_weight=0.0, first_frames=6
+    )
+    assert [call.image.shape[0] for call in model.calls] == [6]
+
+
 def test_activations_are_bfloat16_and_the_loss_float32():
     model = Recorder()
     loss = motion.loss(

@@ -34,7 +34,8 @@ def config(**overrides):
     settings |= {f"model.transformer.{key}": value for key, value in TRANSFORMER.items()}
     settings |= {f"model.vae.{key}": value for key, value in VAE.items()}
     settings |= {f"model.text_encoder.{key}": value for key, value in tiny.TEXT_ENCODER.items()}
-    settings |= {"model.scheduler._class_name": "UniPCMultistepScheduler", "model.scheduler.flow_shift": 3.0,
+    settings |= {"model.index.expand_timesteps": True,
+                 "model.scheduler._class_name": "UniPCMultistepScheduler", "model.scheduler.flow_shift": 3.0,
                  "model.scheduler.use_flow_sigmas": True, "model.scheduler.prediction_type": "flow_prediction",
                  "model.defaults.text_length": 3}  # fmt: skip
     return configs.load("configs/base.py", settings | {key.replace("__", "."): v for key, v in overrides.items()})
@@ -109,3 +110,23 @@ def test_what_wan_does_not_have_is_told(tmp_path):
             loop.run(tiny.config(**{f"reference.{key}": value}), tmp_path, data=tiny.data(), shown=False)
     with pytest.raises(UserError, match="config key 'model.family': expected one of cogvideox, wan, found 'hunyuan'"):
         setup.about(tiny.config(model__family="hunyuan"))
+
+
+def test_a_first_frame_is_given_to_a_share_of_the_clips(tmp_path):
+    wanted = {"train.objective": "text_to_video", "train.mode": "full", "train.steps": 2, "text_to_video.batch_size": 4}
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        settings = config(**wanted, **{"text_to_video.first_frame": share})
+        assert loop.run(settings, tmp_path / str(share), data=data(settings), shown=False).finished
+        found[share] = losses(tmp_path / str(share))
+    assert np.isfinite(list(found.values())).all() and len({tuple(values) for values in found.values()}) == 3
+
+
+def test_first_frames_need_a_model_that_takes_them_and_clips_that_go_on(tmp_path):
+    wanted = {"train.objective": "text_to_video", "text_to_video.first_frame": 0.5}
+    with pytest.raises(UserError, match="'text_to_video.first_frame': this model takes no first frame; leave it 0"):
+        loop.run(tiny.config(**wanted), tmp_path, data=tiny.data(), shown=False)
+    settings = config(**wanted)
+    stills = {name: data(settings)["identity"] for name in ("identity", "motion")}
+    with pytest.raises(UserError, match="data.motion: clips have one latent frame, expected more"):
+        loop.run(settings, tmp_path, data=stills, shown=False)
