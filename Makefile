@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml
 
-.PHONY: demo test lint bench base clean
+.PHONY: demo test lint bench base base-cogvideox base-wan clean
 
 demo: $(VENV)/.installed  ## [FAMILY=cogvideox|wan] convert the shipped base, train the adapter's last stretch, sample held-out subjects, score them
 	$(BIN)/sdv demo --family $(FAMILY)
@@ -20,8 +20,14 @@ lint: $(VENV)/.tested
 bench: $(VENV)/.tested  ## our sampling loop against diffusers, on the CPU
 	$(BIN)/python benchmarks/cpu_sample.py
 
-base: $(VENV)/.installed  ## train the shipped base again, from nothing: over an hour
+base: $(VENV)/.installed base-$(FAMILY)  ## [FAMILY=cogvideox|wan] train the shipped base again, from nothing: over an hour, or two and a half
+
+base-cogvideox: $(VENV)/.installed
 	$(BIN)/python -m sdv_jax.small_world.base --config configs/small_world_base.py --workdir runs/base --out runs/small-world-cogvideox
+
+base-wan: $(VENV)/.installed
+	test -d runs/wan_base/first || $(BIN)/python -m sdv_jax.small_world.base --config configs/small_world_wan_base.py --workdir runs/wan_base --out runs/wan_base/first
+	$(BIN)/python -m sdv_jax.small_world.base --config configs/small_world_wan_base_frames.py --workdir runs/wan_base --out runs/small-world-wan
 
 $(VENV)/.made:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sdv_jax needs Python 3.11 or newer: make PYTHON=python3.11 ...")'

@@ -28,7 +28,7 @@ def get_config():
         steps_offset=0, thresholding=False, timestep_spacing="linspace", trained_betas=None, use_beta_sigmas=False,
         use_exponential_sigmas=False, use_flow_sigmas=True, use_karras_sigmas=False,
     )  # fmt: skip
-    config.model.index = dict(boundary_ratio=None, expand_timesteps=True, transformer_2=(None, None))
+    config.model.index = dict(boundary_ratio=None, expand_timesteps=True, transformer_2=[None, None])
     config.model.defaults = dict(
         height=32, width=32, num_frames=9, steps=25, guidance=1.5, fps=8.0, text_length=12,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import logging
 import numbers
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import no_type_check
 
 import jax
@@ -396,16 +396,27 @@ def load_pipeline(
             if offload and name in about.family.denoisers:  # before the next one is read
                 nnx.update(parts[name], jax.device_get(nnx.state(parts[name])))
             advance()
-    adaln, reference = adapter_adaln or "all", None
+    found = {}
     for name, file in files.items():
         with bars.stage("loading adapter"):
-            info = adapter_files.load(parts[name], file, alpha=adapter_alpha)
-            adaln, reference = adapter_adaln or info.adaln_lora, info.reference or reference
+            found[file] = adapter_files.load(parts[name], file, alpha=adapter_alpha)
             _replicate_adapter(parts[name], mesh)
+    adaln = adapter_adaln or _agreed({file: info.adaln_lora for file, info in found.items()}, "adaln_lora") or "all"
+    reference = _agreed({file: info.reference for file, info in found.items()}, "reference")
     options = about.family.options(adaln, reference)
     return Pipeline(
         about, parts, tokenizer, options=options, dtype=dtype, mesh=mesh, offload=offload, seconds=bars.seconds
     )
+
+
+def _agreed(said: Mapping[pathlib.Path, object], key: str):
+    """What the adapters of a pipeline say of how it runs; those that say nothing (None) go along."""
+    values = {file: value for file, value in said.items() if value is not None}
+    first = next(iter(values.values()), None)
+    if any(value != first for value in values.values()):
+        told = ", ".join(f"{value} in {file}" for file, value in values.items())
+        raise UserError(f"the adapters differ in {key}: {told}; give two of the same training")
+    return first
 
 
 def _adapters(about: About, *given) -> dict[str, pathlib.Path]:

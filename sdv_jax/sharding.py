@@ -13,6 +13,7 @@ from flax import nnx
 from sdv_jax.typing import Array
 
 Table = Sequence[tuple[str, jax.P]]
+REPLICATED: Table = ((r"", jax.P()),)  # for modules that are small beside a denoiser, such as a VAE
 
 
 def reshard(x: Array, spec: jax.P) -> Array:

@@ -1,5 +1,6 @@
 """What `sdv train` does: the training loop, with sample sheets drawn by the pipeline."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def tell(result: loop.Result, config: Config, workdir: str | Path) -> int:
 class Sheets:
     """Draws the same samples at every call: captions and size of the first rows of the data, one seed.
 
-    Left on each row stands the reference. Guidance is `sample.guidance`.
+    Left on each row stands the reference. Guidance is `sample.guidance`. Of two experts only the trained one
+    denoises.
     """
 
     def __init__(self, config: Config, data: dict[str, LatentDataset]):
@@ -50,7 +52,9 @@ class Sheets:
             raise UserError(
                 "config key 'train.sample_every': samples need the VAE of model.path, which is empty; give that, or 0"
             )
-        self.config, self.about = config, model_folder.about(path)
+        about = model_folder.about(path)
+        traits = dataclasses.replace(about.traits, boundary=None)
+        self.config, self.about = config, dataclasses.replace(about, traits=traits)
         rows = data.get("motion") or next(iter(data.values()))
         moments = [
             jnp.asarray(getattr(rows, name)[:ROWS, :1], jnp.float32) for name in ("reference_mean", "reference_logvar")

@@ -21,15 +21,16 @@ from sdv_jax.data import latents
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import LatentScale
 from sdv_jax.pipeline import load_pipeline
-from sdv_jax.sharding import dotted, spec_of
 from sdv_jax.small_world.tokenizer import build_tokenizer
 from sdv_jax.train import config as configs
 from sdv_jax.train import setup
+from tests import test_families
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
 SIZES = dataclasses.asdict(toy.VARIANTS["Toy-1"].transformer)
 TEXT = {"architectures": ["T5EncoderModel"], "model_type": "t5", "num_decoder_layers": 1, "tie_word_embeddings": False}
+PARAMETERS = {"transformer": 20_880, "vae": 632, "text_encoder": 6_832}
 REFERENCE = np.random.default_rng(5).integers(0, 256, (32, 48, 3), np.uint8)
 
 
@@ -127,12 +128,15 @@ def test_conversion_there_and_back(folder, model, registered):
         assert all(before[name].tobytes() == after[name].tobytes() for name in before)
 
 
-def test_every_leaf_has_a_place(registered):
-    config = registered.variants["Toy-1"]
-    for name in registered.components:
-        module = registered.components[name].abstract(getattr(config, name), dtype=jnp.float32)
-        for path, leaf in nnx.to_flat_state(nnx.state(module)):
-            assert len(spec_of(dotted(path), registered.placement(name))) <= leaf.ndim
+def test_the_walk_over_all_families_takes_it(registered, monkeypatch):
+    """It wants the number of its parameters, and nothing else."""
+    monkeypatch.setitem(test_families.FAMILIES, "toy", registered)
+    for part, count in PARAMETERS.items():
+        monkeypatch.setitem(test_families.PARAMETERS, ("Toy-1", part), count)
+        test_families.test_parameters("toy", "Toy-1", part)
+        test_families.test_every_leaf_has_a_place("toy", "Toy-1", part)
+    test_families.test_lora_targets_resolve("toy", "Toy-1")
+    test_families.test_traits_and_one_call_with_a_reference("toy", "Toy-1")
 
 
 def test_sampling(folder, model):
@@ -176,7 +180,8 @@ def test_training_and_its_adapter(model, trained):
     np.testing.assert_allclose(again, adapted, atol=1e-5)
 
 
-def test_a_new_model_is_one_line_of_config(registered):
+def test_a_new_model_is_one_line_of_config(registered, trained):
+    """Of sizes from the config, abstractly and trained: on the data of the other run."""
     settings = {"model.family": "toy", "lora.rank": 2}
     settings |= {f"model.transformer.{key}": value for key, value in (SIZES | {"num_layers": 1}).items()}
     settings |= {f"model.text_encoder.{key}": value for key, value in (("num_layers", 1), ("d_model", 16))}
@@ -187,6 +192,11 @@ def test_a_new_model_is_one_line_of_config(registered):
     model = jax.eval_shape(lambda: nnx.state(setup.model(config, base, token_ids=False)))
     assert len(jax.tree.leaves(nnx.filter_state(model, nnx.LoRAParam))) == 2 * len(toy.LORA_TARGETS)
     assert setup.objective(config, base, base.traits.latents).schedule.config.flow_shift == 3.0
+    data = {"data.identity": trained.parent / "pairs", "data.motion": trained.parent / "clips", "train.steps": 1,
+            "identity.batch_size": 2, "motion.batch_size": 2}  # fmt: skip
+    words = [f"--config.{key}={value}" for key, value in (settings | data).items()]
+    run = ["train", "--config", str(ROOT / "configs" / "base.py"), "--workdir", str(trained.parent / "new"), *words]
+    assert cli.main(run) == 0 and (trained.parent / "new" / "adapter" / "adapter.json").is_file()
 
 
 def test_verification(folder):

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from sdv_jax import cli
@@ -115,6 +118,38 @@ def _frame(pipe, height, width):
     return stretch_image(read_image(PICTURE), height=height, width=width)[None, None]
 
 
+def test_two_adapters_have_to_agree_on_where_references_stand(folders, tmp_path):
+    model = model_folder.load_component(folders["a14b"], "transformer")
+    settings = lora.LoraConfig(rank=2, alpha=2.0, targets=FAMILY.lora_targets)
+    lora.add(model, settings, names=rules_of(model)[1].to_torch_module_name, rngs=nnx.Rngs(0))
+    for name, shift in (("aside", 1.0), ("behind", 0.0), ("also_behind", 0.0)):
+        placement = {"placement": "after", "offset": 1, "shift": shift}
+        adapter_files.save(model, tmp_path / name, targets=FAMILY.lora_targets, reference=placement)
+    with pytest.raises(UserError, match="the adapters differ in reference: .*1.0.* in .*aside.*0.0.* in .*behind"):
+        load_pipeline(folders["a14b"], adapter=tmp_path / "aside", adapter_2=tmp_path / "behind", progress=False)
+    pair = dict(adapter=tmp_path / "behind", adapter_2=tmp_path / "also_behind")
+    run(load_pipeline(folders["a14b"], **pair, progress=False), reference=PICTURE)
+
+
+def test_on_a_mesh_the_video_is_the_same(folders):
+    """Weights, the text encoder's too, spread over 4 devices (in a process of its own, which has that many)."""
+    code = f"""
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+import sdv_jax
+mesh = jax.make_mesh((1, 4, 1), ("data", "fsdp", "sp"), axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+picture, videos = np.full((32, 48, 3), 90, np.uint8), []
+for mesh in (None, mesh):
+    pipe = sdv_jax.load_pipeline({str(folders["ti2v"])!r}, mesh=mesh, progress=False)
+    options = dict(height=32, width=64, steps=2, num_frames=5, guidance=2.0, output="latents", progress=False)
+    videos.append(pipe("a red ball", reference=picture, image=picture, **options))
+for part in (pipe.runtime.denoisers[0][1], pipe.runtime.text_encoder[1]):
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(part)), "nothing is spread"
+assert np.abs(videos[0] - videos[1]).max() < 1e-4, np.abs(videos[0] - videos[1]).max()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_an_adapter_brings_its_placement_along(folders, tmp_path):
     """Two adapters of the same numbers that stand elsewhere give other videos."""
     found = {}
@@ -122,8 +157,6 @@ def test_an_adapter_brings_its_placement_along(folders, tmp_path):
                             ("before", {"placement": "before", "offset": 1, "shift": 0.0})):  # fmt: skip
         model = model_folder.load_component(folders["t2v"], "transformer")
         settings = lora.LoraConfig(rank=2, alpha=2.0, targets=FAMILY.lora_targets)
-        from flax import nnx
-
         lora.add(model, settings, names=rules_of(model)[1].to_torch_module_name, rngs=nnx.Rngs(0))
         for _, layer in lora.adapted(model):
             layer.lora.b[...] = 0.2 * jax.random.normal(jax.random.key(1), layer.lora.b.shape)

@@ -15,7 +15,7 @@ from sdv_jax.checkpoints.engine import Leaf, leaf_shapes, leaves_of
 from sdv_jax.checkpoints.rules.table import Rules
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import Traits
-from sdv_jax.sharding import Table
+from sdv_jax.sharding import REPLICATED, Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Component:
 
     `stem` is how its weight files are called on export, `config` the dataclass of its config.json (one with `from_json`
     reads the file's content itself), `module(config, dtype=, rngs=)` builds it, `rules(config)` converts it. Leaves
-    whose path `exact` is found in stay float32 in a model of half precision.
+    whose path `exact` is found in stay float32 in a model of half precision. `sharding` is the table of a component
+    that is no denoiser; those have their family's.
     """
 
     torch_class: str
@@ -34,6 +35,7 @@ class Component:
     rules: Callable[[object], Rules]
     optional: bool = False
     exact: str | None = None
+    sharding: Table = REPLICATED
 
     def dtype_of(self, path: str, dtype: np.dtype) -> np.dtype:
         """What the leaf at `path` is held in where the model as a whole is held in `dtype`."""
@@ -94,7 +96,7 @@ class Family:
       denoisers: the components that predict, noisiest expert first.
       scheduler: parses scheduler_config.json; `schedulers`: names users have for the classes it knows.
       variants: published name -> config whose attributes are the component configs.
-      sharding: the denoiser's table.
+      sharding: the denoisers' table.
       lora_targets: default targets of an adapter.
       traits: (component configs, model.json) -> what pipeline and training must know; UserError for parts that do not
         fit one another.
@@ -135,8 +137,8 @@ class Family:
         return "custom"
 
     def placement(self, name: str) -> Table:
-        """The sharding table of a component. What the denoiser's table does not name elsewhere is replicated."""
-        return self.sharding if name in self.denoisers else (*self.sharding, (r"", jax.P()))
+        """The sharding table of a component."""
+        return self.sharding if name in self.denoisers else self.components[name].sharding
 
 
 def _hashable(values: Mapping) -> dict:

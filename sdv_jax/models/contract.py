@@ -137,14 +137,14 @@ def check_fit(*claims: tuple[str, object, str, object]) -> None:
 
 
 def check_references_before(reference: Mapping | None, family: str) -> None:
-    """For families whose references stand before the clip, always: the settings that would move them have to be as in
-    configs/base.py. Raises UserError.
+    """For families whose references stand right before the clip, always. Raises UserError for settings that would move
+    them: `shift` has to be 0, which says the same, or what it is in configs/base.py, which says nothing.
     """
-    fixed = {"placement": "before", "offset": 1, "shift": 1.0}
+    fixed = {"placement": ("before",), "offset": (1,), "shift": (1.0, 0.0)}
     for key, value in (reference or {}).items():
-        if value != fixed.get(key):
-            told = f"reference.{key} is {value!r}"
-            raise UserError(f"{told}, expected {fixed.get(key)!r}: {family} takes references before the clip only")
+        if value not in fixed.get(key, ()):
+            told, wanted = f"reference.{key} is {value!r}", " or ".join(map(repr, fixed.get(key, (None,))))
+            raise UserError(f"{told}, expected {wanted}: {family} takes references before the clip only")
 
 
 def check_defaults(raw: Mapping, where: str) -> dict:

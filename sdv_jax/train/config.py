@@ -191,6 +191,7 @@ NOT_NEGATIVE = (
     "train.sample_every", "sample.guidance", "text_to_video.image_batch_size", "optimizer.warmup",
     "optimizer.decay_steps", "optimizer.weight_decay", "noise.shift", "reference.offset", "reference.shift",
 )  # fmt: skip
+MOST_STEPS = 10**8  # all of a run's draws of tasks are made at its start
 SEEDS, MOST_SEEDS = ("train.seed", "small_world.seed"), 2**32  # a key of jax.random takes 32 bits of its seed
 
 
@@ -250,7 +251,7 @@ def _run_file(path: Path) -> dict[str, Any]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.get_config().to_dict()
-    except Exception as error:  # whatever the user's own Python raises
+    except (Exception, SystemExit) as error:  # whatever the user's own Python raises
         raise UserError(f"config {path}: {_first_line(error)}; correct the file") from error
     finally:
         for root in roots:
@@ -368,6 +369,7 @@ def _check_ranges(config: Config) -> None:
         (BELOW_ONE, lambda x: 0 <= x < 1, "a number from 0 to below 1"),
         (POSITIVE, lambda x: x > 0, "a number above 0"),
         (NOT_NEGATIVE, lambda x: x >= 0, "0 or more"),
+        (("train.steps",), lambda x: x <= MOST_STEPS, f"at most {MOST_STEPS}"),
         (SEEDS, lambda x: 0 <= x < MOST_SEEDS, f"0 to {MOST_SEEDS - 1}"),
     ]
     for keys, holds, expected in rules:

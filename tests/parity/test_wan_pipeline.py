@@ -97,6 +97,15 @@ def test_image_to_video(pair, scheduler):
     assert_close(ours[:, :1], pipe.traits.latents.to_model(mean), relative=1e-5)
 
 
+@pytest.mark.parametrize("size", [(1, 32, 64), (17, 96, 32)])
+@pytest.mark.parametrize("pair", ["ti2v"], indirect=True)
+def test_image_to_video_of_other_lengths(pair, size):
+    frames, height, width = size
+    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
+    ours, theirs = run_both(pair, frames=frames, height=height, width=width, image=Image.fromarray(pixels))
+    assert_close(ours, theirs, relative=1e-3)
+
+
 @pytest.mark.parametrize("pair", ["a14b"], indirect=True)
 def test_two_guidance_scales_and_one_expert_on_the_device(pair, tmp_path):
     ours, theirs = run_both(pair, frames=5, height=32, width=32, guidance=4.0, guidance_2=3.0)

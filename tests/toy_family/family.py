@@ -7,6 +7,7 @@ from sdv_jax.checkpoints.rules import t5
 from sdv_jax.diffusion import FlowSchedulerConfig
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import Geometry, LatentScale, Traits, check_references_before
+from sdv_jax.models.text.t5 import SHARDING as TEXT_SHARDING
 from sdv_jax.models.text.t5 import T5Config, T5Encoder
 from tests.toy_family import LORA_TARGETS, SHARDING, VARIANTS, rules
 from tests.toy_family.transformer import Transformer, TransformerConfig
@@ -55,7 +56,9 @@ FAMILY = Family(
             lambda config: rules.TRANSFORMER,
         ),
         "vae": Component("ToyAutoencoder", "diffusion_pytorch_model", VAEConfig, VAE, lambda config: rules.VAE),
-        "text_encoder": Component("T5EncoderModel", "model", T5Config, T5Encoder, lambda config: t5.ENCODER),
+        "text_encoder": Component(
+            "T5EncoderModel", "model", T5Config, T5Encoder, lambda config: t5.ENCODER, sharding=TEXT_SHARDING
+        ),
     },
     scheduler=FlowSchedulerConfig.from_dict,
     schedulers={"euler": "FlowMatchEulerDiscreteScheduler"},

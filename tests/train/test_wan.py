@@ -112,6 +112,15 @@ def test_what_wan_does_not_have_is_told(tmp_path):
         setup.about(tiny.config(model__family="hunyuan"))
 
 
+@pytest.mark.parametrize("name", ["small_world_cogvideox", "small_world_wan"])
+@pytest.mark.parametrize("path", ["models/small-world-cogvideox", "models/small-world-wan"])
+def test_the_other_family_is_one_line_of_config(name, path):
+    """References stand before the clip in both, with no shift: what CogVideoX does and Wan can."""
+    settings = configs.load(f"configs/{name}.py", {"model.path": path})
+    base = setup.about(settings)
+    assert setup.objective(settings, base, base.traits.latents).geometry == base.traits.geometry
+
+
 def test_a_first_frame_is_given_to_a_share_of_the_clips(tmp_path):
     wanted = {"train.objective": "text_to_video", "train.mode": "full", "train.steps": 2, "text_to_video.batch_size": 4}
     found = {}

@@ -9,6 +9,7 @@ from sdv_jax.models.cogvideox import LORA_TARGETS, SHARDING, VARIANTS, rules
 from sdv_jax.models.cogvideox.transformer import Transformer, TransformerConfig
 from sdv_jax.models.cogvideox.vae import VAE, VAEConfig
 from sdv_jax.models.contract import Geometry, LatentScale, Traits, check_fit, check_references_before
+from sdv_jax.models.text.t5 import SHARDING as TEXT_SHARDING
 from sdv_jax.models.text.t5 import T5Config, T5Encoder
 
 
@@ -64,7 +65,9 @@ FAMILY = Family(
         "vae": Component(
             "AutoencoderKLCogVideoX", "diffusion_pytorch_model", VAEConfig, VAE, lambda config: rules.VAE
         ),
-        "text_encoder": Component("T5EncoderModel", "model", T5Config, T5Encoder, lambda config: t5.ENCODER),
+        "text_encoder": Component(
+            "T5EncoderModel", "model", T5Config, T5Encoder, lambda config: t5.ENCODER, sharding=TEXT_SHARDING
+        ),
     },
     scheduler=SchedulerConfig.from_dict,
     schedulers={"ddim": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"},

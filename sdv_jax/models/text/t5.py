@@ -96,6 +96,13 @@ class T5Config:
         return cls(**{name: known[name] for name in names})
 
 
+# FSDP, of both kinds of encoder: each block matrix is cut along its input axis; the table of words is looked up whole.
+SHARDING = (
+    (r"^blocks\..*\.kernel$", jax.P(None, "fsdp", None)),
+    (r"^(blocks|shared|relative_attention_bias|final_norm)\.", jax.P()),
+)
+
+
 class Embedding(nnx.Module):
     """A table of vectors, looked up by integer id; ids outside of the table are clipped to it."""
 

@@ -8,6 +8,7 @@ from sdv_jax.diffusion.flow import FlowSchedulerConfig
 from sdv_jax.errors import UserError
 from sdv_jax.models.config_check import refuse
 from sdv_jax.models.contract import Geometry, LatentScale, Traits, check_fit
+from sdv_jax.models.text.t5 import SHARDING as TEXT_SHARDING
 from sdv_jax.models.text.tokenizer import clean_wan
 from sdv_jax.models.text.umt5 import UMT5Config, UMT5Encoder
 from sdv_jax.models.wan import LORA_TARGETS, SHARDING, VARIANTS, original_names, rules, vae_rules
@@ -103,7 +104,9 @@ FAMILY = Family(
     components={
         "transformer": _TRANSFORMER,
         "vae": Component("AutoencoderKLWan", "diffusion_pytorch_model", VAEConfig, VAE, vae_rules.vae),
-        "text_encoder": Component("UMT5EncoderModel", "model", UMT5Config, UMT5Encoder, lambda config: umt5.ENCODER),
+        "text_encoder": Component(
+            "UMT5EncoderModel", "model", UMT5Config, UMT5Encoder, lambda config: umt5.ENCODER, sharding=TEXT_SHARDING
+        ),
         "transformer_2": _TRANSFORMER.but_optional(),
     },
     denoisers=("transformer", "transformer_2"),
