@@ -173,6 +173,17 @@ def test_full_training_with_text_encoder_average_and_images(tmp_path):
     _assert_equal_weights(result.model, loop.load_trained(tmp_path, data=data))
 
 
+def test_a_first_frame_fills_the_image_channels(tmp_path):
+    """CogVideoX-I2V: twice the input channels, and a loss on every frame."""
+    settings = {"train.objective": "text_to_video", "train.mode": "full", "train.steps": 2,
+                "model.transformer.in_channels": 8}  # fmt: skip
+    found = {}
+    for share in (0.0, 0.5):
+        _run(tiny.config(**settings, **{"text_to_video.first_frame": share}), tmp_path / str(share))
+        found[share] = [line["loss"] for line in _lines(tmp_path / str(share))]
+    assert np.isfinite(found[0.5]).all() and found[0.0] != found[0.5]
+
+
 def test_frozen_text_encoder_stays(tmp_path):
     config = tiny.config(train__objective="text_to_video", train__mode="full", train__steps=2)
     data = tiny.data(token_ids=True)
