@@ -17,6 +17,6 @@ def get_config():
     config.reference.placement = "before"
     config.reference.shift = 0.0
 
-    config.train.steps = 3600
+    config.train.steps = 2400
     config.optimizer.cycles = 1
     return config
