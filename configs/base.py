@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
     text_to_video.batch_size = 64  # clips per text_to_video step
     text_to_video.image_batch_size = 0  # still images (targets of data.identity) added to each text_to_video step
     text_to_video.image_weight = 0.2  # share of the still images in the loss
-    text_to_video.first_frame = 0.0  # share of the clips whose first frame is given (models that do image-to-video)
+    text_to_video.first_frame = 0.0  # share of the clips given their first frame (image-to-video models)
 
     config.text = text = ConfigDict()
     text.dropout = 0.1  # probability of the empty prompt in place of a caption (not in paper A: our choice)

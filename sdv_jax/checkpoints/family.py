@@ -102,6 +102,7 @@ class Family:
         fit one another.
       options: (streams of an adaLN adapter, placement of references) -> keywords of the transformer's call.
       original_names: module with `diffusers_name` and `original_name`, where the original release has names of its own.
+      index: keys of model_index.json that say how the pipeline works, for models without a folder.
       peer: module that runs the same components in torch, for `--verify`.
     """
 
@@ -118,6 +119,7 @@ class Family:
     peer: str
     denoisers: tuple[str, ...] = ("transformer",)
     original_names: ModuleType | None = None
+    index: tuple[str, ...] = ()
 
     def traits_at(self, where: Path, configs: Mapping[str, object], about: Mapping) -> Traits:
         """`traits`, with the place in front of what it complains about."""

@@ -191,7 +191,7 @@ NOT_NEGATIVE = (
     "train.sample_every", "sample.guidance", "text_to_video.image_batch_size", "optimizer.warmup",
     "optimizer.decay_steps", "optimizer.weight_decay", "noise.shift", "reference.offset", "reference.shift",
 )  # fmt: skip
-MOST_STEPS = 10**8  # all of a run's draws of tasks are made at its start
+MOST_STEPS = 10**7  # all of a run's draws of tasks are made at its start
 SEEDS, MOST_SEEDS = ("train.seed", "small_world.seed"), 2**32  # a key of jax.random takes 32 bits of its seed
 
 
@@ -358,6 +358,14 @@ def _check_choices(config: Config) -> None:
     if config.text.train_encoder and config.train.mode != "full":
         raise UserError(
             "config key 'text.train_encoder': true needs train.mode='full', found 'lora'; set one of the two"
+        )
+    share, batch = config.text_to_video.first_frame, config.text_to_video.batch_size
+    if share and config.train.objective != "text_to_video":
+        raise UserError("config key 'text_to_video.first_frame': needs train.objective='text_to_video'; leave it 0")
+    if 0 < share < 1 and round(share * batch) in (0, batch):
+        raise UserError(
+            f"config key 'text_to_video.first_frame': {share} of batch_size {batch} is {round(share * batch)} clips; "
+            "expected some with and some without, or 0 or 1"
         )
     if config.train.objective == "subject" and config.train.mode == "lora" and config.optimizer.name == "muon":
         raise UserError("config key 'optimizer.name': 'muon' is for train.mode='full', found 'lora'; use 'adamw'")

@@ -68,6 +68,9 @@ def about(config: Config) -> About:
         raise UserError(f"config key 'model.family': expected one of {known}, found {m.family!r}")
     tables = {"transformer": m.transformer, "vae": m.vae, "text_encoder": m.text_encoder}
     configs = {name: family.components[name].make(table, f"model.{name}") for name, table in tables.items()}
+    if unknown := sorted(set(m.index) - set(family.index)):
+        known = ", ".join(family.index) or "none"
+        raise UserError(f"config key 'model.index.{unknown[0]}' does not exist: known of {family.name} are {known}")
     defaults = check_defaults(m.defaults, "model.defaults")
     raw = {"variant": "custom", "scheduler": m.scheduler, "defaults": defaults, "model_index": m.index}
     return About(raw, family, configs, family.traits(configs, raw))

@@ -23,7 +23,7 @@ SMALL = {
 def test_the_second_part_goes_on_from_the_first_in_the_same_workdir(tmp_path):
     weights = {}
     for name in ("small_world_wan_base", "small_world_wan_base_frames"):
-        settings = SMALL | ({"model.path": str(tmp_path / "small_world_wan_base")} if weights else {})
+        settings = SMALL | ({"model.path": str(tmp_path / "small_world_wan_base"), "train.seed": 7} if weights else {})
         config = configs.load(f"configs/{name}.py", settings)
         base.make(config, tmp_path / "work", tmp_path / name, run=name, autoencoder=VAE, sizes=SIZES)
         weights[name] = load_file(tmp_path / name / "transformer" / "diffusion_pytorch_model.safetensors")

@@ -4,6 +4,7 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,6 +12,7 @@ from flax import nnx
 from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import adapter_files
 from sdv_jax.errors import UserError
+from sdv_jax.objectives import denoising
 from sdv_jax.train import loop, plan, setup, state
 from tests.train import tiny
 
@@ -182,6 +184,14 @@ def test_a_first_frame_fills_the_image_channels(tmp_path):
         _run(tiny.config(**settings, **{"text_to_video.first_frame": share}), tmp_path / str(share))
         found[share] = [line["loss"] for line in _lines(tmp_path / str(share))]
     assert np.isfinite(found[0.5]).all() and found[0.0] != found[0.5]
+    config = tiny.config(**settings)
+    objective, latents = setup.objective(config, setup.about(config), tiny.SCALE), jnp.ones((1, 2, 4, 4, 4))
+    model = _fresh(config, token_ids=False)
+    given, plain = (
+        denoising.loss(model, latents, jnp.ones((1, 3, 8)), jax.random.key(0), objective=objective, first_frame=given)
+        for given in (True, False)
+    )
+    assert not objective.clamps_image and given != plain
 
 
 def test_frozen_text_encoder_stays(tmp_path):

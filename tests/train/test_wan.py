@@ -87,7 +87,7 @@ def _adapter(result):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("reference.placement", "before"), ("reference.shift", 0.0), ("reference.offset", 5), ("noise.shift", 1.0),
-     ("identity.references", 2), ("motion.references", 3)],
+     ("identity.references", 2), ("motion.references", 3), ("lora.targets", ("to_q",))],
 )
 def test_fields_of_the_config_matter(unbroken, tmp_path, key, value):
     settings = config(**{key: value})
@@ -129,12 +129,18 @@ def test_a_first_frame_is_given_to_a_share_of_the_clips(tmp_path):
         assert loop.run(settings, tmp_path / str(share), data=data(settings), shown=False).finished
         found[share] = losses(tmp_path / str(share))
     assert np.isfinite(list(found.values())).all() and len({tuple(values) for values in found.values()}) == 3
+    objective = setup.objective(settings, setup.about(settings), data(settings)["motion"].scale)
+    assert objective.clamps_image and objective.image_latents == objective.latents
 
 
 def test_first_frames_need_a_model_that_takes_them_and_clips_that_go_on(tmp_path):
     wanted = {"train.objective": "text_to_video", "text_to_video.first_frame": 0.5}
     with pytest.raises(UserError, match="'text_to_video.first_frame': this model takes no first frame; leave it 0"):
         loop.run(tiny.config(**wanted), tmp_path, data=tiny.data(), shown=False)
+    with pytest.raises(UserError, match="'model.index.expand_timestep' does not exist: known of wan are"):
+        loop.run(config(**{"model.index.expand_timestep": True}), tmp_path, data=tiny.data(), shown=False)
+    with pytest.raises(UserError, match="0.1 of batch_size 4 is 0 clips; expected some with and some without"):
+        config(**wanted | {"text_to_video.first_frame": 0.1, "text_to_video.batch_size": 4})
     settings = config(**wanted)
     stills = {name: data(settings)["identity"] for name in ("identity", "motion")}
     with pytest.raises(UserError, match="data.motion: clips have one latent frame, expected more"):

@@ -118,5 +118,6 @@ FAMILY = Family(
     traits=traits,
     options=options,
     original_names=original_names,
+    index=("boundary_ratio", "expand_timesteps", "transformer_2"),
     peer="sdv_jax.models.wan.peer",
 )  # fmt: skip
