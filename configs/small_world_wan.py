@@ -1,7 +1,7 @@
 """The subject adapter on the small world's Wan: as small_world_cogvideox.py, on another base.
 
 Target: on held-out subjects the adapted model closes at least half of the identity gap between the base and the true
-clips, and keeps at least 80% of the base's motion following. Reached: 52% and 100%. Duration: 45 minutes on two CPU
+clips, and keeps at least 80% of the base's motion following. Reached: 53% and 100%. Duration: 45 minutes on two CPU
 cores; `make demo FAMILY=wan` does the last 100 steps only.
 
     sdv train --config configs/small_world_wan.py --workdir runs/small_world_wan
