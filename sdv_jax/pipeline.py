@@ -401,17 +401,15 @@ def load_pipeline(
         with bars.stage("loading adapter"):
             found[file] = adapter_files.load(parts[name], file, alpha=adapter_alpha)
             _replicate_adapter(parts[name], mesh)
-    adaln = adapter_adaln or _agreed({file: info.adaln_lora for file, info in found.items()}, "adaln_lora") or "all"
-    reference = _agreed({file: info.reference for file, info in found.items()}, "reference")
-    options = about.family.options(adaln, reference)
+    options = about.family.options(adapter_adaln or _agreed(found, "adaln_lora") or "all", _agreed(found, "reference"))
     return Pipeline(
         about, parts, tokenizer, options=options, dtype=dtype, mesh=mesh, offload=offload, seconds=bars.seconds
     )
 
 
-def _agreed(said: Mapping[pathlib.Path, object], key: str):
+def _agreed(adapters: Mapping[pathlib.Path, adapter_files.AdapterInfo], key: str):
     """What the adapters of a pipeline say of how it runs; those that say nothing (None) go along."""
-    values = {file: value for file, value in said.items() if value is not None}
+    values = {file: said for file, info in adapters.items() if (said := getattr(info, key)) is not None}
     first = next(iter(values.values()), None)
     if any(value != first for value in values.values()):
         told = ", ".join(f"{value} in {file}" for file, value in values.items())

@@ -28,16 +28,14 @@ def _clips(
     model: Denoiser, clips: Batch, empty_text: Array, key: Key[Array, ""], objective: Objective, first_frames: int
 ) -> Float[Array, ""]:
     total = clips["text"].shape[0]
-    if not first_frames:
-        return _plain(model, clips, empty_text, key, objective)
+    if first_frames in (0, total):
+        return _plain(model, clips, empty_text, key, objective, first_frame=first_frames > 0)
     given = {name: rows[:first_frames] for name, rows in clips.items()}
     plain = {name: rows[first_frames:] for name, rows in clips.items()}
     given_key, plain_key = jax.random.split(key)
-    found = _plain(model, given, empty_text, given_key, objective, first_frame=True)
-    if first_frames == total:
-        return found
-    share = first_frames / total
-    return share * found + (1 - share) * _plain(model, plain, empty_text, plain_key, objective)
+    given_loss = _plain(model, given, empty_text, given_key, objective, first_frame=True)
+    plain_loss = _plain(model, plain, empty_text, plain_key, objective)
+    return (first_frames * given_loss + (total - first_frames) * plain_loss) / total
 
 
 def _plain(
