@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     train.steps = 4000  # optimiser steps of the whole run (paper A)
     train.seed = 0  # of the run key: every stochastic choice of a step is a function of (seed, step)
     train.dtype = "float32"  # dtype of the activations: float32 | bfloat16 (paper A: bfloat16); losses are float32
+    train.accumulate = 1  # parts that a batch is computed in, one after the other: less memory, the same gradient
     train.ema_decay = 0.0  # moving average of the trained weights, used for samples and the result; 0 = none
     train.save_every = 500  # steps between checkpoints
     train.keep = 2  # checkpoints kept
@@ -48,6 +49,7 @@ def get_config() -> ConfigDict:
 
     config.switch = switch = ConfigDict()
     switch.motion_probability = 0.2  # probability that a step trains motion instead of identity (paper A: p)
+    switch.order = "mixed"  # mixed (drawn anew for each step) | stages (1 - p of the steps identity, then motion)
 
     config.identity = identity = ConfigDict()
     identity.batch_size = 32  # pairs per identity step (paper A: 256 in the text, 32 in the supplement)
@@ -57,7 +59,8 @@ def get_config() -> ConfigDict:
     config.motion = motion = ConfigDict()
     motion.batch_size = 32  # clips per motion step (paper A)
     motion.token_drop = 0.5  # fraction of reference tokens removed in a motion step (paper A; fixed count: our choice)
-    motion.references = 1  # frames of the clip given at once, drawn without replacement; the paper's is 1
+    motion.references = 1  # frames of the clip given at once, drawn without replacement; the paper's is 1; 0 = none
+    motion.frame = "random"  # which frame is the reference: random (paper A) | first
 
     config.text_to_video = text_to_video = ConfigDict()
     text_to_video.batch_size = 64  # clips per text_to_video step
@@ -99,5 +102,16 @@ def get_config() -> ConfigDict:
     optimizer.schedule = "cosine"  # cosine (with restarts, paper A) | constant, after the warm-up
     optimizer.cycles = 1  # cosine cycles over the run (number of restarts not in paper A: our choice)
     optimizer.decay_steps = 0  # step at which the last cycle ends; 0 = train.steps
+
+    config.validation = validation = ConfigDict()  # on rows kept out of training, always with the same noise
+    validation.every = 0  # steps between validations (loss per task and bin of noise levels); 0 = none
+    validation.rows = 0  # rows of each dataset that are kept out of training
+    validation.bins = 5  # bins of noise levels; the loss is taken at their middles
+
+    config.gradients = gradients = ConfigDict()  # of identity against motion, on the rows kept out of training
+    gradients.every = 0  # steps between comparisons (paper A: 5 to 50, 100 as a monitor); 0 = none
+
+    config.mesh = mesh = ConfigDict()  # all devices of all hosts; batches are cut over all of them
+    mesh.fsdp = 1  # devices that weights are spread over; 0 = all of them
 
     return config

@@ -21,6 +21,13 @@ def reshard(x: Array, spec: jax.P) -> Array:
     return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, spec)
 
 
+def like(x: Array, other: Array) -> Array:
+    """`x` with its first axis cut as that of `other` is; fresh random numbers, which are on every device, need it."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.reshard(x, jax.P(jax.typeof(other).sharding.spec[0], *(None,) * (x.ndim - 1)))
+
+
 def spec_of(path: str, table: Table) -> jax.P:
     """The first row of `table` whose pattern is found in `path`; raises `KeyError` where none is."""
     for pattern, spec in table:

@@ -12,14 +12,12 @@ array, read by memory mapping. An image is a clip of one frame, so pairs and cli
 """
 
 import dataclasses
-import functools
 import json
 import math
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import grain
 import numpy as np
 
 from sdv_jax.errors import UserError
@@ -74,9 +72,13 @@ class LatentDataset:
         """Whether `text` holds token ids, which a training step encodes, instead of embeddings."""
         return self.text.ndim == 2
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The named rows of every per-example array: a batch with a leading axis of len(indices)."""
-        return {name: np.take(getattr(self, name), indices, axis=0) for name in (*MOMENTS, "text")}
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """One row of every per-example array."""
+        return {name: getattr(self, name)[index] for name in (*MOMENTS, "text")}
+
+    def describe(self, index: int) -> dict[str, str]:
+        """Which example that row is."""
+        return {"key": str(index), "caption": self.captions[index]}
 
 
 def save(dataset: LatentDataset, folder: str | Path) -> None:
@@ -120,58 +122,6 @@ def load(folder: str | Path) -> LatentDataset:
     except (OSError, EOFError, ValueError, TypeError, AttributeError, KeyError) as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"prepared data {folder}: unreadable ({told}); {_MAKE} again") from error
-
-
-def row_order(count: int, batch_size: int, position: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Rows of the `position`-th batch of an endless stream: epoch after epoch, each shuffled on its own.
-
-    A pure function of its arguments, so that a resumed run continues in the middle of an epoch without any stored
-    state.
-    """
-    first = position * batch_size
-    rows = np.arange(first, first + batch_size)
-    epochs = rows // count
-    return np.concatenate([_order(count, (*seed, int(e)))[rows[epochs == e] % count] for e in np.unique(epochs)])
-
-
-@functools.lru_cache(maxsize=4)
-def _order(count: int, seed: tuple[int, ...]) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).permutation(count)
-
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """Batches of one dataset. `seed` is (run seed, stream number): streams of one run are shuffled differently."""
-
-    dataset: LatentDataset
-    batch_size: int
-    seed: tuple[int, ...]
-
-    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        return self.dataset.batch(row_order(len(self.dataset), self.batch_size, position, self.seed))
-
-
-@dataclasses.dataclass(frozen=True)
-class StepBatches:
-    """Random access from a training step to its batch: which streams the step reads, and at which position of each.
-
-    `plan[step]` is a mapping from the name of a part of the batch to (stream, position).
-    """
-
-    streams: Mapping[str, Stream]
-    plan: Sequence[Mapping[str, int]]
-
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, step: int) -> dict[str, dict[str, np.ndarray]]:
-        return {name: self.streams[name][position] for name, position in self.plan[int(step)].items()}
-
-
-def iterate(batches: StepBatches, start: int) -> Iterator[dict[str, dict[str, np.ndarray]]]:
-    """The batches from step `start` on, read ahead by one thread. Close the iterator when done."""
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    return iter(grain.MapDataset.source(batches)[start:].to_iter_dataset(options))
 
 
 def _scale(about: Mapping) -> LatentScale:

@@ -14,11 +14,11 @@ from sdv_jax.diffusion.guidance import classifier_free, conditional, dynamic_sca
 from sdv_jax.diffusion.sample import run, sample
 from sdv_jax.diffusion.schedules import Schedule, SchedulerConfig
 from sdv_jax.diffusion.solvers import DDIM, DPM
-from sdv_jax.diffusion.timesteps import draw_timesteps
+from sdv_jax.diffusion.timesteps import bin_middles, draw_timesteps
 
 __all__ = [
     "AnySchedule", "AnySchedulerConfig", "DDIM", "DPM", "FlowMatchEuler", "FlowSchedule", "FlowSchedulerConfig",
-    "Schedule", "SchedulerConfig", "Solver", "UniPC", "classifier_free", "conditional", "draw_timesteps",
+    "Schedule", "SchedulerConfig", "Solver", "UniPC", "bin_middles", "classifier_free", "conditional", "draw_timesteps",
     "dynamic_scale", "make_solver", "noise_schedule", "run", "sample", "scheduler_config", "shifted",
     "two_expert_scales", "uses_guidance", "with_flow_shift",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sdv_jax.diffusion.flow import FlowSchedule, check_shift, shifted
 from sdv_jax.diffusion.schedules import Schedule
@@ -44,6 +45,12 @@ def draw_timesteps(
         return jax.random.randint(key, (batch,), 0, count)
     levels = _levels(key, batch, law, logit_mean, logit_std)
     return jnp.minimum(jnp.floor(count * levels).astype(jnp.int32), count - 1)
+
+
+def bin_middles(bins: int, *, schedule: Schedule | FlowSchedule) -> np.ndarray:
+    """Timesteps [bins] in the middles of equal bins of 0..T: whole numbers where the schedule is discrete."""
+    middles = schedule.config.num_train_timesteps * (np.arange(bins) + 0.5) / bins
+    return middles.astype(np.float32 if isinstance(schedule, FlowSchedule) else np.int32)
 
 
 def _levels(key: Array, batch: int, law: str, mean: float, std: float) -> Array:

@@ -6,6 +6,8 @@ from flax import nnx
 
 from sdv_jax.nn.linear import Linear
 from sdv_jax.nn.norms import LayerNorm
+from sdv_jax.nn.rearrange import by_example
+from sdv_jax.sharding import like
 from sdv_jax.typing import Array, Float, Int
 
 STREAMS = ("all", "reference")  # the values of `adaln_lora`: what an adapter of the adaLN linears acts on
@@ -71,11 +73,11 @@ def keep_tokens(tokens: Float[Array, "b n d"], table, index: Int[Array, "b r"], 
 
     `table` is any tree of position arrays [n, k]; the result's have a batch axis, since examples keep different ones.
     """
-    batch = tokens.shape[0]
 
-    def keep(x):
-        x = jnp.broadcast_to(x, (batch, *x.shape[-2:]))
+    def keep(index, x):
+        x = jnp.broadcast_to(x, (len(index), *x.shape[-2:]))
         kept = jnp.take_along_axis(x[:, :references], index[..., None], axis=1)
         return jnp.concatenate([kept, x[:, references:]], axis=1)
 
-    return keep(tokens), jax.tree.map(keep, table)
+    index = like(index, tokens)
+    return by_example(keep, index, tokens), jax.tree.map(lambda x: by_example(keep, index, jnp.asarray(x)), table)

@@ -7,6 +7,7 @@ x0_hat - x0 = -sqrt(1 - abar_t) · (v_hat - v), so that loss equals the plain me
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from sdv_jax.adapters.reference import draw_distinct
 from sdv_jax.diffusion import AnySchedule, draw_timesteps
 from sdv_jax.models.contract import Geometry, LatentScale
 from sdv_jax.models.text.encode import encode
+from sdv_jax.nn.rearrange import by_example
+from sdv_jax.sharding import like
 from sdv_jax.typing import Array, Float, Int, Key
 
 Batch = Mapping[str, Array]
@@ -61,24 +64,31 @@ class Objective:
     options: tuple[tuple[str, object], ...] = ()
     dtype: jnp.dtype = jnp.float32
 
+    def without_dropout(self) -> "Objective":
+        """The same with every caption kept, for measuring."""
+        return dataclasses.replace(self, text_dropout=0.0)
+
 
 def loss(
     model: Denoiser, latents: Float[Array, "b t h w c"], text: Float[Array, "b s e"] | Int[Array, "b s"],
     key: Key[Array, ""], *, objective: Objective, reference: Float[Array, "b k h w c"] | None = None,
     reference_index: Int[Array, "b r"] | None = None, first_frame: bool = False,
+    timesteps: Int[Array, " b"] | Float[Array, " b"] | None = None,
 ) -> Float[Array, ""]:  # fmt: skip
-    """Mean squared error of the prediction for `latents` (in the transformer's scale), noised at drawn timesteps.
+    """Mean squared error of the prediction for `latents` (in the transformer's scale), noised at drawn timesteps, or at
+    the given ones.
 
     With `first_frame` the model is given the clip's own first latent frame; where that frame then stays clean among the
     latents (`clamps_image`), nothing is to be predicted for it.
     """
     o = objective
     noise_key, time_key = jax.random.split(key)
-    noise = jax.random.normal(noise_key, latents.shape, jnp.float32)
-    timesteps = draw_timesteps(
-        time_key, latents.shape[0], schedule=o.schedule, law=o.timesteps, logit_mean=o.logit_mean,
-        logit_std=o.logit_std, shift=o.shift,
-    )  # fmt: skip
+    noise = like(jax.random.normal(noise_key, latents.shape, jnp.float32), latents)
+    if timesteps is None:
+        timesteps = draw_timesteps(
+            time_key, latents.shape[0], schedule=o.schedule, law=o.timesteps, logit_mean=o.logit_mean,
+            logit_std=o.logit_std, shift=o.shift,
+        )  # fmt: skip
     noisy = o.schedule.add_noise(latents, noise, timesteps).astype(o.dtype)
     prediction = model.transformer(
         noisy, model.encode_text(text, o.dtype), timesteps, reference=reference, reference_index=reference_index,
@@ -103,14 +113,17 @@ def draw_latents(batch: Batch, key: Key[Array, ""], objective: Objective) -> Flo
 
 
 def draw_references(
-    batch: Batch, key: Key[Array, ""], objective: Objective, count: int = 1
+    batch: Batch, key: Key[Array, ""], objective: Objective, count: int = 1, *, first: bool = False
 ) -> Float[Array, "b k h w c"]:
-    """`count` different ones of each example's reference frames or views, uniformly, in drawn order, as samples of
-    their posteriors, scaled.
+    """`count` different ones of each example's reference frames or views, uniformly, in drawn order, or the `first`
+    ones, as samples of their posteriors, scaled.
     """
     choice_key, sample_key = jax.random.split(key)
-    choice = draw_distinct(choice_key, *batch["reference_mean"].shape[:2], count)[..., None, None, None]
-    mean, logvar = (jnp.take_along_axis(batch[name], choice, axis=1) for name in ("reference_mean", "reference_logvar"))
+    rows, views = batch["reference_mean"].shape[:2]
+    drawn = draw_distinct(choice_key, rows, views, count)
+    choice = (jnp.broadcast_to(jnp.arange(count), drawn.shape) if first else drawn)[..., None, None, None]
+    moments = (batch["reference_mean"], batch["reference_logvar"])
+    mean, logvar = (by_example(partial(jnp.take_along_axis, axis=1), moment, choice) for moment in moments)
     return _posterior(mean, logvar, sample_key, objective)
 
 
@@ -118,7 +131,7 @@ def draw_text(batch: Batch, empty_text: Array, key: Key[Array, ""], objective: O
     """The captions, each replaced by the empty prompt with probability `text_dropout`, for guidance to stand on."""
     text = batch["text"]
     dropped = jax.random.bernoulli(key, objective.text_dropout, (text.shape[0],) + (1,) * (text.ndim - 1))
-    return jnp.where(dropped, empty_text, text)
+    return jnp.where(like(dropped, text), empty_text, text)
 
 
 def _posterior(mean: Array, logvar: Array, key: Key[Array, ""], objective: Objective) -> Array:

@@ -56,6 +56,10 @@ class Sampling:
     guidance: float = 1.5
     seed: int = 0
 
+    def options(self) -> dict:
+        """The pipeline's keywords."""
+        return {"steps": self.steps, "guidance": self.guidance, "seed": self.seed}
+
 
 def run(workdir: str | Path, family: str = "cogvideox", *, sampling: Sampling = Sampling()) -> dict[str, float]:
     """Leaves everything under `workdir`, prints where, and returns the verdicts of `score.compare`.
@@ -109,17 +113,27 @@ def _train(workdir: Path, shipped: Shipped) -> Path:
 
 
 def sample(model: Path, adapter: Path, trial: Trials, sampling: Sampling) -> dict[str, Float[np.ndarray, "n t h w 3"]]:
-    """Clips for `score.compare`, from one noise: the base, the adapted with the right and with a wrong reference."""
+    """Clips for `score.compare`, from one noise."""
+    return sample_base(model, trial, sampling) | sample_adapted(model, adapter, trial, sampling)
+
+
+def sample_base(model: Path, trial: Trials, sampling: Sampling) -> dict[str, Float[np.ndarray, "n t h w 3"]]:
+    """What the base makes without a reference, and the true clips through the VAE."""
     pipe = load_pipeline(model)
-    truth = _reconstruct(pipe, trial.video)
-    options = dict(steps=sampling.steps, guidance=sampling.guidance, seed=sampling.seed)
-    base = pipe([caption(scene, marked=False) for scene in trial.scenes], **options)
+    base = pipe([caption(scene, marked=False) for scene in trial.scenes], **sampling.options())
+    return {"base": base, "truth": _reconstruct(pipe, trial.video)}
+
+
+def sample_adapted(
+    model: Path, adapter: Path, trial: Trials, sampling: Sampling
+) -> dict[str, Float[np.ndarray, "n t h w 3"]]:
+    """What the adapted model makes of the right reference, and of a wrong one: the next scene's."""
     pipe = load_pipeline(model, adapter=adapter)
     mean, _ = pipe.encode(_centred(trial.reference[:, None]))
     references = np.asarray(pipe.traits.latents.to_model(mean))
-    adapted = pipe(trial.captions, reference_latents=references, **options)
-    wrong = pipe(trial.captions, reference_latents=np.roll(references, -1, axis=0), **options)
-    return {"base": base, "adapted": adapted, "wrong": wrong, "truth": truth}
+    adapted = pipe(trial.captions, reference_latents=references, **sampling.options())
+    wrong = pipe(trial.captions, reference_latents=np.roll(references, -1, axis=0), **sampling.options())
+    return {"adapted": adapted, "wrong": wrong}
 
 
 def _reconstruct(pipe: Pipeline, video: UInt8[np.ndarray, "n t h w 3"]) -> Float[np.ndarray, "n t h w 3"]:

@@ -60,6 +60,7 @@ class Train:
     keep: int
     log_every: int
     sample_every: int
+    accumulate: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Sample:
 @dataclasses.dataclass(frozen=True)
 class Switch:
     motion_probability: float
+    order: str = "mixed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Motion:
     batch_size: int
     token_drop: float
     references: int = 1
+    frame: str = "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +143,23 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mesh:
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    every: int = 0
+    rows: int = 0
+    bins: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradients:
+    every: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """What each key means stands beside its default in `configs/base.py`."""
 
@@ -157,6 +177,9 @@ class Config:
     lora: Lora
     optimizer: Optimizer
     reference: Reference = Reference()
+    validation: Validation = Validation()
+    gradients: Gradients = Gradients()
+    mesh: Mesh = Mesh()
 
     def __post_init__(self):
         _check_choices(self)
@@ -171,6 +194,8 @@ CHOICES = {
     "train.objective": ("subject", "text_to_video"),
     "train.mode": ("lora", "full"),
     "train.dtype": ("float32", "bfloat16"),
+    "switch.order": ("mixed", "stages"),
+    "motion.frame": ("random", "first"),
     "lora.adaln": ("all", "reference"),
     "noise.timesteps": ("uniform", "logit_normal"),
     "optimizer.name": ("adamw", "muon"),
@@ -183,12 +208,13 @@ PROBABILITIES = (
 BELOW_ONE = ("motion.token_drop", "lora.dropout", "train.ema_decay", "optimizer.beta1", "optimizer.beta2")
 POSITIVE = (
     "small_world.pairs", "small_world.clips", "train.steps", "train.save_every", "train.keep", "train.log_every",
-    "identity.batch_size", "identity.references", "motion.batch_size", "motion.references",
-    "text_to_video.batch_size", "lora.rank", "lora.alpha",
+    "train.accumulate", "identity.batch_size", "identity.references", "motion.batch_size",
+    "text_to_video.batch_size", "lora.rank", "lora.alpha", "validation.bins",
     "optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip", "optimizer.cycles", "noise.logit_std",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "train.sample_every", "sample.guidance", "text_to_video.image_batch_size", "optimizer.warmup",
+    "train.sample_every", "sample.guidance", "motion.references", "text_to_video.image_batch_size",
+    "validation.every", "validation.rows", "gradients.every", "mesh.fsdp", "optimizer.warmup",
     "optimizer.decay_steps", "optimizer.weight_decay", "noise.shift", "reference.offset", "reference.shift",
 )  # fmt: skip
 MOST_STEPS = 10**7  # all of a run's draws of tasks are made at its start

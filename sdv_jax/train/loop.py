@@ -5,19 +5,22 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
-from sdv_jax.data import latents
+from sdv_jax.data import loading
 from sdv_jax.data.latents import LatentDataset
 from sdv_jax.errors import UserError
 from sdv_jax.objectives.denoising import Denoiser
-from sdv_jax.train import optimizer, plan, record, setup, state, step
+from sdv_jax.train import heldout, monitors, optimizer, plan, record, setup, state, step
 from sdv_jax.train.checkpointing import Checkpoints
 from sdv_jax.train.config import Config
+from sdv_jax.train.devices import Devices
 from sdv_jax.train.logging import RunLog
+from sdv_jax.train.monitors import Monitor
+from sdv_jax.train.state import TrainState
 
 # (model, steps done, folder): draws samples with fixed seeds and leaves a contact sheet in the folder.
 Sampler = Callable[[Denoiser, int, Path], None]
@@ -51,25 +54,29 @@ def run(
     workdir.mkdir(parents=True, exist_ok=True)
 
     # ---- Data, model, plan ------------------------------------------------------------------------------------------
+    devices = Devices.of(config.mesh)
     data = setup.datasets(config, workdir / "data") if data is None else data
     key = plan.run_key(config)
     base = setup.about(config)
     setup.check_data(config, data, base.traits)
     first = next(iter(data.values()), None)
     objective = setup.objective(config, base, first.scale if first else base.traits.latents)
-    schedule = plan.make(config, data, objective, key)
-    model = model or setup.model(config, base, token_ids=any(dataset.has_token_ids for dataset in data.values()))
+    parts, held = heldout.split(config, setup.parts(data))
+    schedule = plan.make(config, parts, objective, key, devices)
+    token_ids = any(dataset.has_token_ids for dataset in data.values())
+    model = model or setup.model(config, base, token_ids=token_ids, mesh=devices.mesh)
     record.claim(workdir, config)
 
     # ---- State and compiled steps -----------------------------------------------------------------------------------
     tx = optimizer.make(config.optimizer, config.train.steps)
     rate = optimizer.learning_rate(config.optimizer, config.train.steps)
-    graph, trained, frozen = state.split(model, mode=config.train.mode, train_encoder=config.text.train_encoder)
+    graph, *weights = state.split(model, mode=config.train.mode, train_encoder=config.text.train_encoder)
+    trained, frozen = (devices.put_weights(tree, setup.placements(base)) for tree in weights)
     current = state.create(trained, tx, ema=config.train.ema_decay > 0)
     decay = config.train.ema_decay
     steps = {name: step.make(graph, loss, tx, rate, ema_decay=decay) for name, loss in schedule.losses.items()}
-    empty_text = jnp.asarray(first.empty_text)
-    del model, trained
+    key, empty_text = devices.replicate((key, first.empty_text))
+    del model, weights, trained
 
     # ---- Resume -----------------------------------------------------------------------------------------------------
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
@@ -79,25 +86,29 @@ def run(
     stop = min(config.train.steps, config.train.steps if stop_after is None else stop_after)
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
+    watched = monitors.records(
+        config, held, graph, frozen, objective, empty_text, devices=devices, workdir=workdir, start=start
+    )
+    if sampler and config.train.sample_every:
+        watched.append(_samples(sampler, graph, frozen, config.train.sample_every, workdir / "samples"))
     log = RunLog(workdir, start=start, steps=config.train.steps, log_every=config.train.log_every, shown=shown)
-    batches = latents.iterate(schedule.batches, start) if start < stop else None
+    place = partial(devices.put_batch, parts=config.train.accumulate)
+    batches = loading.iterate(schedule.batches, start, place) if start < stop else None
     done = start
     try:
-        with _stop_requests() as signals:
+        with devices.on_mesh(), _stop_requests() as signals:
             while done < stop and not signals:
-                batch = jax.device_put(next(batches))
-                current, metrics = steps[schedule.programs[done]](current, frozen, key, batch, empty_text)
+                _watch(watched, current, done, log)
+                current, metrics = steps[schedule.programs[done]](current, frozen, key, next(batches), empty_text)
                 log.write(done, schedule.task(done), metrics)
                 done += 1
                 if done % config.train.save_every == 0 and done < stop:
                     log.flush()
                     checkpoints.save(done, current, key=key, position=schedule.position(done))
                     log.restart_clock()
-                if sampler and config.train.sample_every and done % config.train.sample_every == 0:
-                    log.flush()
-                    sampler(state.join(graph, state.result(current), frozen), done, workdir / "samples")
-                    log.restart_clock()
-        log.flush()
+            log.flush()
+            if done == config.train.steps and start < done:
+                _watch(watched, current, done, log)
         checkpoints.save(done, current, key=key, position=schedule.position(done))
     finally:
         log.close()
@@ -136,6 +147,19 @@ def load_trained(
     finally:
         checkpoints.close()
     return state.join(graph, state.result(found) if averaged else found.trained, frozen)
+
+
+def _watch(watched: list[Monitor], current: TrainState, done: int, log: RunLog) -> None:
+    """Calls the monitors whose turn it is after `done` steps."""
+    for every, call in watched:
+        if done % every == 0:
+            log.flush()
+            call(current, done)
+            log.restart_clock()
+
+
+def _samples(sampler: Sampler, graph, frozen, every: int, folder: Path) -> Monitor:
+    return Monitor(every, lambda current, done: sampler(state.join(graph, state.result(current), frozen), done, folder))
 
 
 @contextmanager

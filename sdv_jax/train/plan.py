@@ -7,11 +7,12 @@ from functools import partial
 import jax
 import numpy as np
 
-from sdv_jax.data.latents import LatentDataset, StepBatches, Stream
+from sdv_jax.data.loading import Part, StepBatches, Stream
 from sdv_jax.errors import UserError
 from sdv_jax.objectives import identity, motion, switching, text_to_video
 from sdv_jax.objectives.denoising import Objective
 from sdv_jax.train.config import Config
+from sdv_jax.train.devices import Devices
 from sdv_jax.typing import Array, Key
 
 STREAMS = ("identity", "motion")  # the place in this tuple is part of a stream's shuffling seed
@@ -35,9 +36,14 @@ class Plan:
         return {name: sum(name in reads for reads in self.batches.plan[:step]) for name in self.batches.streams}
 
 
-def make(config: Config, datasets: Mapping[str, LatentDataset], objective: Objective, key: Key[Array, ""]) -> Plan:
-    """The plan of `config.train.steps` steps. `datasets` has "identity", "motion" or both, as `needed` says."""
-    missing = [name for name in needed(config) if name not in datasets]
+def make(
+    config: Config, parts: Mapping[str, tuple[Part, ...]], objective: Objective, key: Key[Array, ""], devices: Devices
+) -> Plan:
+    """The plan of `config.train.steps` steps. `parts` has "identity", "motion" or both, as `needed` says.
+
+    Raises UserError where one is missing, or a batch cannot be cut evenly over the devices.
+    """
+    missing = [name for name in needed(config) if name not in parts]
     if missing:
         raise UserError(
             f"config key 'data.{missing[0]}' is empty: this run needs it; give a prepared folder, or \"small_world\""
@@ -47,59 +53,70 @@ def make(config: Config, datasets: Mapping[str, LatentDataset], objective: Objec
         if config.train.objective == "subject"
         else ("text_to_video",) * config.train.steps
     )
-    sizes = _batch_sizes(config)
+    reads = {name: _reads(name, programs) for name in trained_on(config)}
+    sizes, split = batch_sizes(config), config.train.accumulate
+    for name in reads:
+        devices.check(name if config.train.objective == "subject" else config.train.objective, sizes[name], split)
+    mine = {name: devices.mine(sizes[name], split) for name in reads}
     streams = {
-        name: Stream(datasets[name], sizes[name], (config.train.seed, STREAMS.index(name))) for name in needed(config)
-    }
-    reads = {name: _reads(name, programs) for name in streams}
-    positions = {name: np.cumsum(used) - used for name, used in reads.items()}
-    steps = [{name: int(positions[name][i]) for name in streams if reads[name][i]} for i in range(len(programs))]
-    return Plan(programs, _losses(config, objective), StepBatches(streams, steps))
+        name: Stream.of(
+            parts[name], sizes[name], (config.train.seed, STREAMS.index(name)), batches=int(used.sum())
+        )
+        for name, used in reads.items()
+    }  # fmt: skip
+    numbers = {name: np.cumsum(used) - used for name, used in reads.items()}
+    steps = [{name: int(numbers[name][i]) for name in streams if reads[name][i]} for i in range(len(programs))]
+    return Plan(programs, losses(config, objective), StepBatches(streams, steps, mine))
 
 
 def needed(config: Config) -> tuple[str, ...]:
-    """The datasets a run of this configuration reads."""
+    """The datasets a run of this configuration reads, to train on or to compare the tasks' gradients."""
+    return STREAMS if config.gradients.every else trained_on(config)
+
+
+def trained_on(config: Config) -> tuple[str, ...]:
+    """The datasets that training steps read."""
     if config.train.objective == "text_to_video":
         return ("identity", "motion") if config.text_to_video.image_batch_size else ("motion",)
     p = config.switch.motion_probability
     return tuple(name for name, used in (("identity", p < 1), ("motion", p > 0)) if used)
 
 
-def _subject_programs(config: Config, key: Key[Array, ""]) -> tuple[str, ...]:
-    tasks = switching.task_schedule(key, config.train.steps, config.switch.motion_probability)
-    dropped = switching.view_drop_schedule(key, config.train.steps, config.identity.view_drop)
-    image = np.where(dropped, "identity/no_reference", "identity")
-    return tuple(np.where(tasks == switching.MOTION, "motion", image).tolist())
+def measured_on(config: Config) -> dict[str, str]:
+    """Program -> dataset, for losses on held-out rows: one program per task, with the reference where there is one."""
+    if config.train.objective == "text_to_video":
+        return {"text_to_video": "motion"}
+    return {name: name for name in needed(config)}
 
 
-def _batch_sizes(config: Config) -> dict[str, int]:
+def batch_sizes(config: Config) -> dict[str, int]:
+    """Rows of a global batch of each dataset."""
     if config.train.objective == "text_to_video":
         return {"identity": config.text_to_video.image_batch_size, "motion": config.text_to_video.batch_size}
     return {"identity": config.identity.batch_size, "motion": config.motion.batch_size}
 
 
-def _reads(stream: str, programs: tuple[str, ...]) -> np.ndarray:
-    return np.asarray([program == "text_to_video" or program.partition("/")[0] == stream for program in programs], int)
+def losses(config: Config, objective: Objective) -> dict[str, Callable]:
+    """Program -> loss(model, batch, empty_text, key, timesteps=None), where `batch` has the streams by name."""
 
-
-def _losses(config: Config, objective: Objective) -> dict[str, Callable]:
-    def identity_loss(model, batch, empty_text, key, *, view_dropped):
+    def identity_loss(model, batch, empty_text, key, timesteps=None, *, view_dropped):
         return identity.loss(
             model, batch["identity"], empty_text, key, objective=objective, view_dropped=view_dropped,
-            references=config.identity.references,
+            references=config.identity.references, timesteps=timesteps,
         )  # fmt: skip
 
-    def motion_loss(model, batch, empty_text, key):
+    def motion_loss(model, batch, empty_text, key, timesteps=None):
+        c = config.motion
         return motion.loss(
-            model, batch["motion"], empty_text, key, objective=objective, token_drop=config.motion.token_drop,
-            references=config.motion.references,
+            model, batch["motion"], empty_text, key, objective=objective, token_drop=c.token_drop,
+            references=c.references, first_frame=c.frame == "first", timesteps=timesteps,
         )  # fmt: skip
 
-    def text_to_video_loss(model, batch, empty_text, key):
+    def text_to_video_loss(model, batch, empty_text, key, timesteps=None):
         c = config.text_to_video
         return text_to_video.loss(
             model, batch["motion"], batch.get("identity"), empty_text, key, objective=objective,
-            image_weight=c.image_weight, first_frames=round(c.first_frame * c.batch_size),
+            image_weight=c.image_weight, first_frames=round(c.first_frame * c.batch_size), timesteps=timesteps,
         )  # fmt: skip
 
     return {
@@ -113,3 +130,18 @@ def _losses(config: Config, objective: Objective) -> dict[str, Callable]:
 def run_key(config: Config) -> Key[Array, ""]:
     """The key all randomness of a run's steps is folded from."""
     return jax.random.key(config.train.seed)
+
+
+def _subject_programs(config: Config, key: Key[Array, ""]) -> tuple[str, ...]:
+    steps, p = config.train.steps, config.switch.motion_probability
+    if config.switch.order == "stages":
+        is_motion = np.arange(steps) >= round((1 - p) * steps)
+    else:
+        is_motion = switching.task_schedule(key, steps, p) == switching.MOTION
+    dropped = switching.view_drop_schedule(key, steps, config.identity.view_drop)
+    image = np.where(dropped, "identity/no_reference", "identity")
+    return tuple(np.where(is_motion, "motion", image).tolist())
+
+
+def _reads(stream: str, programs: tuple[str, ...]) -> np.ndarray:
+    return np.asarray([program == "text_to_video" or program.partition("/")[0] == stream for program in programs], int)

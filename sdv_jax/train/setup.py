@@ -18,12 +18,14 @@ from sdv_jax.checkpoints.families import families, rules_of
 from sdv_jax.checkpoints.model_folder import About
 from sdv_jax.data import latents
 from sdv_jax.data.latents import LatentDataset
+from sdv_jax.data.loading import Part
 from sdv_jax.diffusion import FlowSchedule, noise_schedule
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import LatentScale, Traits, check_defaults
 from sdv_jax.models.text.encode import encode
 from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.objectives.denoising import Denoiser, Objective
+from sdv_jax.sharding import Table
 from sdv_jax.small_world import pool, prepared
 from sdv_jax.small_world.world import World
 from sdv_jax.train import plan
@@ -51,6 +53,11 @@ def datasets(config: Config, cache: Path) -> dict[str, LatentDataset]:
                 f"data.{name} and the other prepared data are of different models: prepare both with the same one"
             )
     return found
+
+
+def parts(data: Mapping[str, LatentDataset]) -> dict[str, tuple[Part, ...]]:
+    """Every row of each dataset, for the loader."""
+    return {name: (Part(dataset, np.arange(len(dataset)), 1.0, name),) for name, dataset in data.items()}
 
 
 def about(config: Config) -> About:
@@ -136,8 +143,11 @@ def _check_scale(where: str, found: LatentScale, own: LatentScale, path: str) ->
             )
 
 
-def model(config: Config, base: About, *, token_ids: bool) -> Denoiser:
-    """The model of the run, with its adapter in mode lora; `token_ids` says that batches need the text encoder."""
+def model(config: Config, base: About, *, token_ids: bool, mesh: jax.sharding.Mesh | None = None) -> Denoiser:
+    """The model of the run, with its adapter in mode lora; `token_ids` says that batches need the text encoder.
+
+    A stored model is read straight into its place on `mesh`; new weights are made whole on every process.
+    """
     if config.text.train_encoder and not token_ids:
         raise UserError(
             "text.train_encoder=true needs data with token ids, found text embeddings; prepare the data with token ids"
@@ -145,7 +155,7 @@ def model(config: Config, base: About, *, token_ids: bool) -> Denoiser:
     names = (base.family.denoiser, "text_encoder") if token_ids else (base.family.denoiser,)
     rngs, dtype = nnx.Rngs(config.train.seed), jnp.dtype(config.model.dtype)
     found = [
-        model_folder.load_component(config.model.path, name, dtype)
+        model_folder.load_component(config.model.path, name, dtype, mesh)
         if config.model.path
         else base.family.components[name].module(base.configs[name], dtype=dtype, rngs=rngs)
         for name in names
@@ -157,6 +167,11 @@ def model(config: Config, base: About, *, token_ids: bool) -> Denoiser:
         _, rules = rules_of(denoiser.transformer)
         lora.add(denoiser.transformer, settings, names=rules.to_torch_module_name, rngs=nnx.Rngs(config.train.seed))
     return denoiser
+
+
+def placements(base: About) -> dict[str, Table]:
+    """The sharding tables of the parts of a `Denoiser`."""
+    return {"transformer": base.family.placement(base.family.denoiser), "text_encoder": base.family.placement("text_encoder")}
 
 
 def targets(config: Config, base: About) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from sdv_jax.objectives.denoising import Denoiser
+from sdv_jax.sharding import reshard
 from sdv_jax.typing import Array, Int
 
 Tree = dict[str, Any]
@@ -39,8 +40,10 @@ def split(model: Denoiser, *, mode: str, train_encoder: bool) -> tuple[nnx.Graph
 
 
 def join(graph: nnx.GraphDef, trained: Tree, frozen: Tree) -> Denoiser:
-    """The inverse of `split`."""
-    return nnx.merge(graph, trained, frozen)
+    """The inverse of `split`. Under a mesh the weights outside the stacks of blocks, which gather their own, are
+    gathered here.
+    """
+    return nnx.merge(graph, *(jax.tree_util.tree_map_with_path(_gathered, tree) for tree in (trained, frozen)))
 
 
 def create(trained: Tree, tx: optax.GradientTransformation, *, ema: bool) -> TrainState:
@@ -53,6 +56,10 @@ def create(trained: Tree, tx: optax.GradientTransformation, *, ema: bool) -> Tra
 def result(state: TrainState) -> Tree:
     """The trained weights a run hands out: the moving average where one is kept."""
     return state.trained if state.ema is None else state.ema
+
+
+def _gathered(path, leaf):
+    return leaf if any(getattr(key, "key", None) == "blocks" for key in path) else reshard(leaf, jax.P())
 
 
 class _InPart:

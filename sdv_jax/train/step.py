@@ -20,19 +20,29 @@ def make(
 ) -> Callable:  # fmt: skip
     """(state, frozen, run key, batch, empty_text) -> (state, metrics), jitted; the state is donated.
 
-    `loss(model, batch, empty_text, key)` is an objective with its settings bound. Everything random in the step comes
-    from (run key, state.step). Metrics are float32 scalars on the device: loss, grad_norm (before clipping),
-    learning_rate.
+    `loss(model, batch, empty_text, key)` is an objective with its settings bound. The arrays of `batch` are
+    [parts, rows, ...]: parts are computed one after the other and their gradients averaged. Everything random in the
+    step comes from (run key, state.step, part). Metrics are float32 scalars on the device: loss, grad_norm (before
+    clipping), learning_rate.
     """
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, frozen: Tree, key: Array, batch, empty_text: Array):
-        def objective(trained):
-            model = join(graph, trained, frozen)
-            lora.set_dropout_key(model.transformer, step_key(key, state.step, Purpose.LORA_DROPOUT))
-            return loss(model, batch, empty_text, step_key(key, state.step, Purpose.OBJECTIVE))
+        def objective(trained, rows, part):
+            def own(purpose: Purpose) -> Array:
+                return jax.random.fold_in(step_key(key, state.step, purpose), part)
 
-        value, gradients = jax.value_and_grad(objective)(state.trained)
+            model = join(graph, trained, frozen)
+            lora.set_dropout_key(model.transformer, own(Purpose.LORA_DROPOUT))
+            return loss(model, rows, empty_text, own(Purpose.OBJECTIVE))
+
+        def add(sums, rows_and_part):
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(objective)(state.trained, *rows_and_part)), None
+
+        parts = jax.tree.leaves(batch)[0].shape[0]
+        nothing = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained)
+        sums, _ = jax.lax.scan(add, nothing, (batch, jnp.arange(parts)))
+        value, gradients = jax.tree.map(lambda total: total / parts, sums)
         updates, optimizer = tx.update(gradients, state.optimizer, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients), "learning_rate": learning_rate(state.step)}

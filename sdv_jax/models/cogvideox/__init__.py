@@ -52,6 +52,8 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj", "text_proj", "norm1.
 # FSDP: each block matrix is cut along its input axis, and so are the text's and the output's; learned positions are cut
 # along their width; vectors and the small matrices outside the blocks are replicated.
 SHARDING = (
+    (r"^blocks\..*\.lora\.a$", jax.P(None, "fsdp", None)),
+    (r"^blocks\..*\.lora\.b$", jax.P(None, None, "fsdp")),
     (r"\.lora\.(a|b)$", jax.P()),
     (r"^blocks\..*\.kernel$", jax.P(None, "fsdp", None)),
     (r"^patch_embed\.pos_embedding$", jax.P(None, "fsdp")),

@@ -44,6 +44,8 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2
 
 # FSDP: each block matrix is cut along its input axis; vectors and the small matrices outside the blocks are replicated.
 SHARDING = (
+    (r"^blocks\..*\.lora\.a$", jax.P(None, "fsdp", None)),
+    (r"^blocks\..*\.lora\.b$", jax.P(None, None, "fsdp")),
     (r"\.lora\.(a|b)$", jax.P()),
     (r"^blocks\..*\.kernel$", jax.P(None, "fsdp", None)),
     (r"^condition_embedder\..*\.kernel$", jax.P("fsdp", None)),

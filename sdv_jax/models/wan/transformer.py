@@ -12,7 +12,6 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import nnx
 
 from sdv_jax.errors import UserError
@@ -23,6 +22,7 @@ from sdv_jax.nn.embeddings import TimestepEmbedding, timestep_sinusoid
 from sdv_jax.nn.linear import Linear
 from sdv_jax.nn.modulation import keep_tokens
 from sdv_jax.nn.norms import LayerNorm, RMSNorm
+from sdv_jax.nn.rearrange import rearrange
 from sdv_jax.nn.stack import scan_blocks, stack
 from sdv_jax.typing import Array, Float, Int
 

@@ -1,0 +1,83 @@
+"""What a run looks at every so many steps: losses on held-out rows, the tasks' gradients, samples.
+
+A monitor is (every, call): `call(state, steps done)`. Records go to `validation.jsonl` and `gradients.jsonl` in the
+workdir, one line each, from step 0 on; a resumed run cuts them back to its checkpoint first.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from sdv_jax.diffusion import bin_middles
+from sdv_jax.objectives.denoising import Objective
+from sdv_jax.train import gradients, plan, validation
+from sdv_jax.train.config import Config
+from sdv_jax.train.devices import Devices
+from sdv_jax.train.heldout import HeldOut
+from sdv_jax.train.logging import truncate
+from sdv_jax.train.state import TrainState, Tree, result
+from sdv_jax.typing import Array
+
+VALIDATION, GRADIENTS = "validation.jsonl", "gradients.jsonl"
+_NOISE = 0x5EED  # the key of all held-out noise, whatever the run's seed
+
+
+class Monitor(NamedTuple):
+    """Called with the state after every `every` steps."""
+
+    every: int
+    call: Callable[[TrainState, int], None]
+
+
+def records(
+    config: Config, held: HeldOut, graph: nnx.GraphDef, frozen: Tree, objective: Objective, empty_text: Array, *,
+    devices: Devices, workdir: Path, start: int,
+) -> list[Monitor]:  # fmt: skip
+    """The monitors that write records."""
+    for name in (VALIDATION, GRADIENTS):
+        truncate(workdir / name, start)
+    key, found = devices.replicate(jax.random.key(_NOISE)), []
+
+    def batches(name: str):
+        return held.batches(name, devices)
+
+    if config.validation.every:
+        measure = _validation(config, graph, objective)
+
+        def validate(state: TrainState, steps: int) -> None:
+            told: dict[str, object] = {"step": steps}
+            for task, (name, run) in measure.items():
+                bins = run(result(state), frozen, batches(name), empty_text, key)
+                told[task] = {"loss": sum(bins) / len(bins), "bins": bins}
+            _append(workdir / VALIDATION, told)
+
+        found.append(Monitor(config.validation.every, validate))
+    if config.gradients.every:
+        compare = gradients.make(graph, plan.losses(config, objective))
+
+        def against(state: TrainState, steps: int) -> None:
+            by_task = {task: batches(task) for task in gradients.TASKS}
+            told = compare(state.trained, frozen, by_task, empty_text, key)
+            _append(workdir / GRADIENTS, {"step": steps} | told)
+
+        found.append(Monitor(config.gradients.every, against))
+    return found
+
+
+def _validation(config: Config, graph: nnx.GraphDef, objective: Objective) -> dict[str, tuple[str, Callable]]:
+    """Program -> (dataset, the function that measures it)."""
+    timesteps = bin_middles(config.validation.bins, schedule=objective.schedule)
+    losses, sizes = plan.losses(config, objective.without_dropout()), plan.batch_sizes(config)
+    return {
+        program: (name, validation.make(graph, losses[program], timesteps=timesteps, rows=sizes[name]))
+        for program, name in plan.measured_on(config).items()
+    }
+
+
+def _append(path: Path, record: Mapping) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
