@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     data.identity = ""  # prepared subject-image pairs (a folder), or "small_world"
     data.motion = ""  # prepared captioned clips (a folder), or "small_world"
 
+    data.workers = 0  # processes that read rows; 0 = a thread
+
     config.small_world = small_world = ConfigDict()  # what the name "small_world" in `data` stands for
     small_world.pairs = 4096  # subject-image pairs, each of another subject
     small_world.clips = 2048  # clips, each of another subject
@@ -38,9 +40,13 @@ def get_config() -> ConfigDict:
     train.seed = 0  # of the run key: every stochastic choice of a step is a function of (seed, step)
     train.dtype = "float32"  # dtype of the activations: float32 | bfloat16 (paper A: bfloat16); losses are float32
     train.accumulate = 1  # parts that a batch is computed in, one after the other: less memory, the same gradient
+    train.remat = "all"  # recomputed in the backward pass: all | attention (all but its outputs) | offload (those in host memory)
+    train.heartbeat = 60.0  # seconds of silence after which another process of the job counts as dead
+    train.peak_tflops = 0.0  # peak TFLOP/s of a device, for MFU; 0 = the published one where it is known
     train.ema_decay = 0.0  # moving average of the trained weights, used for samples and the result; 0 = none
     train.save_every = 500  # steps between checkpoints
     train.keep = 2  # checkpoints kept
+    train.keep_every = 0  # steps between checkpoints that are kept for good; 0 = none
     train.log_every = 10  # steps between TensorBoard points and progress-bar values (metrics.jsonl has every step)
     train.sample_every = 0  # steps between sample sheets; 0 = none
 
@@ -113,5 +119,8 @@ def get_config() -> ConfigDict:
 
     config.mesh = mesh = ConfigDict()  # all devices of all hosts; batches are cut over all of them
     mesh.fsdp = 1  # devices that weights are spread over; 0 = all of them
+
+    config.log = log = ConfigDict()
+    log.wandb_project = ""  # Weights & Biases project to log to, beside TensorBoard; empty = none
 
     return config

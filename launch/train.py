@@ -17,13 +17,19 @@ flags.DEFINE_string(
     "Python file that makes the configuration; --config.SECTION.KEY=VALUE changes one key.",
     required=True,
 )
+flags.DEFINE_string("coordinator", "", "Several processes: HOST:PORT of the first one, or auto on a cluster.")
+flags.DEFINE_integer("processes", None, "How many processes there are, with --coordinator HOST:PORT.")
+flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 flags.DEFINE_string("workdir", None, "Folder of the run; a run that is already there is resumed.", required=True)
 
 
 def main(arguments: list[str]) -> int:
     try:
         config = configs.load(flags.FLAGS.config, arguments[1:])
-        return training.tell(training.train(config, flags.FLAGS.workdir), config, flags.FLAGS.workdir)
+        given = flags.FLAGS
+        return training.run_job(
+            config, given.workdir, coordinator=given.coordinator, count=given.processes, index=given.process
+        )
     except UserError as error:
         print(f"sdv: error: {error}", file=sys.stderr)
         return 2

@@ -248,7 +248,17 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workdir", required=True, metavar="DIR", help="where the run leaves everything; an interrupted run goes on"
     )
-    command.epilog = "--config.SECTION.KEY=VALUE sets a key of the config, for example --config.train.steps=100."
+    command.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT|auto",
+        help="several processes: where the first one listens; auto: as Slurm, Kubernetes or Cloud TPU says",
+    )  # fmt: skip
+    command.add_argument("--processes", type=int, metavar="N", help="how many there are, with --coordinator HOST:PORT")
+    command.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    command.epilog = (
+        "--config.SECTION.KEY=VALUE sets a key of the config, for example --config.train.steps=100. Exit status: 0 done, "
+        "75 stopped by a signal after a checkpoint (start it again), 76 another process died (start all again), 2 wrong "
+        "input."
+    )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -258,7 +268,9 @@ def _train(options: argparse.Namespace) -> int:
 
     loaded = config.load(options.config, options.overrides)
     workdir = make_folder(options.workdir, what="workdir")
-    return training.tell(training.train(loaded, workdir), loaded, workdir)
+    return training.run_job(
+        loaded, workdir, coordinator=options.coordinator, count=options.processes, index=options.process
+    )
 
 
 def _demo_arguments(command: argparse.ArgumentParser) -> None:

@@ -1,6 +1,7 @@
 """What `sdv train` does: the training loop, with sample sheets drawn by the pipeline."""
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from sdv_jax.errors import UserError
 from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.objectives.denoising import Denoiser
 from sdv_jax.pipeline import Pipeline
-from sdv_jax.train import loop, setup
+from sdv_jax.train import heartbeat, loop, processes, setup
 from sdv_jax.train.config import Config
 
 ROWS = 4  # samples on a sheet
@@ -29,14 +30,47 @@ def train(config: Config, workdir: str | Path) -> loop.Result:
     return loop.run(config, workdir, sampler=sampler, data=data)
 
 
-def tell(result: loop.Result, config: Config, workdir: str | Path) -> int:
-    """Prints how a run ended and returns the exit status: 0, or 128 + the signal that stopped it, as shells have it."""
+def run_job(
+    config: Config, workdir: str | Path, *, coordinator: str = "", count: int | None = None, index: int | None = None
+) -> int:
+    """A run from its command line, alone or as process `index` of `count` (`processes.join`); returns its exit status.
+
+    0: done. `processes.PREEMPTED`: stopped by a signal, after a checkpoint. `heartbeat.PEER_LOST`: another process is
+    gone. 2: the input is wrong, and a line said how.
+    """
+    try:
+        if coordinator:
+            processes.join(coordinator, count, index, timeout=config.train.heartbeat)
+        return _tell(train(config, workdir), config, workdir)
+    except UserError as error:
+        print(f"sdv: error: {error}", file=sys.stderr, flush=True)
+        return _leave(2)
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        told = (str(error).strip().splitlines() or [""])[0][:200]
+        return heartbeat.end(
+            f"a step across {jax.process_count()} processes failed ({told}): another process died, or the network "
+            "broke; start all processes again, they go on from the newest checkpoint"
+        )
+
+
+def _tell(result: loop.Result, config: Config, workdir: str | Path) -> int:
     if not result.finished:
         print(f"sdv: stopped at step {result.steps} of {config.train.steps}; the same command resumes", file=sys.stderr)
-        return 128 + (result.signal or 0)
+        return processes.PREEMPTED
     left = "adapter" if config.train.mode == "lora" else f"checkpoints/{result.steps}"
-    print(f"{Path(workdir) / left}  {result.steps} steps done")
+    if processes.is_writer():
+        print(f"{Path(workdir) / left}  {result.steps} steps done")
     return 0
+
+
+def _leave(status: int) -> int:
+    """`status`; one of several processes ends here, without waiting for the others as JAX does at a normal exit."""
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 class Sheets:

@@ -38,6 +38,7 @@ class Part:
     indices: np.ndarray
     weight: float
     name: str = ""
+    fingerprint: str = ""
 
 
 def hold_out(count: int, held: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,8 +4,11 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sdv_jax.typing import Array, Float
+
+OUTPUT = "attention"  # the name by which `stack.remat` keeps what attention returns
 
 # Scores of one block of queries that may exist at once in the plain form: 2**27 float32 numbers are 512 MB.
 _SCORES_AT_ONCE = 2**27
@@ -27,7 +30,7 @@ def attention(q: Float[Array, "b n heads k"], k: Float[Array, "b m heads k"], v:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     flash = bias is None and q.dtype in (jnp.bfloat16, jnp.float16) and jax.default_backend() == "gpu"
     if flash and q.shape[-1] <= _FLASH_HEAD and q.shape[-1] % 8 == 0:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+        return checkpoint_name(jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn"), OUTPUT)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     large = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] > _SCORES_IN_CACHE
     if bias is not None:
@@ -36,7 +39,7 @@ def attention(q: Float[Array, "b n heads k"], k: Float[Array, "b m heads k"], v:
         out = _by_heads(q, k, v, scale)
     else:
         out = _by_queries(q, k, v, scale)
-    return jnp.swapaxes(out, 1, 2)
+    return checkpoint_name(jnp.swapaxes(out, 1, 2), OUTPUT)
 
 
 def _by_heads(q: Float[Array, "b heads n k"], k: Float[Array, "b heads m k"], v: Float[Array, "b heads m k"],

@@ -38,6 +38,7 @@ class Model:
 class Data:
     identity: str
     motion: str
+    workers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Train:
     log_every: int
     sample_every: int
     accumulate: int = 1
+    keep_every: int = 0
+    remat: str = "all"
+    heartbeat: float = 60.0
+    peak_tflops: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +148,11 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Log:
+    wandb_project: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Mesh:
     fsdp: int = 1
 
@@ -180,6 +190,7 @@ class Config:
     validation: Validation = Validation()
     gradients: Gradients = Gradients()
     mesh: Mesh = Mesh()
+    log: Log = Log()
 
     def __post_init__(self):
         _check_choices(self)
@@ -194,6 +205,7 @@ CHOICES = {
     "train.objective": ("subject", "text_to_video"),
     "train.mode": ("lora", "full"),
     "train.dtype": ("float32", "bfloat16"),
+    "train.remat": ("all", "attention", "offload"),
     "switch.order": ("mixed", "stages"),
     "motion.frame": ("random", "first"),
     "lora.adaln": ("all", "reference"),
@@ -208,13 +220,14 @@ PROBABILITIES = (
 BELOW_ONE = ("motion.token_drop", "lora.dropout", "train.ema_decay", "optimizer.beta1", "optimizer.beta2")
 POSITIVE = (
     "small_world.pairs", "small_world.clips", "train.steps", "train.save_every", "train.keep", "train.log_every",
-    "train.accumulate", "identity.batch_size", "identity.references", "motion.batch_size",
+    "train.accumulate", "train.heartbeat", "identity.batch_size", "identity.references", "motion.batch_size",
     "text_to_video.batch_size", "lora.rank", "lora.alpha", "validation.bins",
     "optimizer.learning_rate", "optimizer.epsilon", "optimizer.clip", "optimizer.cycles", "noise.logit_std",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "train.sample_every", "sample.guidance", "motion.references", "text_to_video.image_batch_size",
-    "validation.every", "validation.rows", "gradients.every", "mesh.fsdp", "optimizer.warmup",
+    "validation.every", "validation.rows", "gradients.every", "mesh.fsdp",
+    "train.keep_every", "train.peak_tflops", "data.workers", "optimizer.warmup",
     "optimizer.decay_steps", "optimizer.weight_decay", "noise.shift", "reference.offset", "reference.shift",
 )  # fmt: skip
 MOST_STEPS = 10**7  # all of a run's draws of tasks are made at its start

@@ -89,6 +89,23 @@ class Devices:
             return jax.tree.map(jax.numpy.asarray, tree)
         return jax.device_put(tree, jax.NamedSharding(self.mesh, jax.P()))
 
+    def put_rest(self, tree):
+        """Leaves that have no place on the mesh yet, such as counters of an optimiser, on every device."""
+        if self.mesh is None:
+            return tree
+        return jax.tree.map(lambda x: x if getattr(x.sharding, "mesh", None) == self.mesh else self.replicate(x), tree)
+
+    def flags(self, signals: list[int]):
+        """[devices] numbers, 1 on the devices of a process that was asked to stop: every step looks at all of them."""
+        own = np.full(self.shards, bool(signals), np.int32)
+        if self.mesh is None:
+            return jax.device_put(own)
+        return jax.make_array_from_callback(own.shape, self._batches(1), lambda index: own[index])
+
+    def agreed(self, signals: list[int], stopping: bool) -> bool:
+        """Whether to stop now: several processes only when a step has told all of them."""
+        return stopping if jax.process_count() > 1 else bool(signals)
+
     def _by_table(self, path: str, value, table: Table):
         spec = spec_of(path, table)
         for size, axis in zip(value.shape, spec, strict=False):

@@ -1,9 +1,12 @@
-"""What a run writes while it runs: metrics.jsonl (a line per step), TensorBoard files, a progress bar."""
+"""What a run writes while it runs: metrics.jsonl (a line per step), TensorBoard or W&B, a progress bar."""
 
+import dataclasses
 import json
 import math
 import os
+import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
@@ -11,28 +14,51 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from sdv_jax.errors import UserError
+from sdv_jax.train.throughput import Cost, Meter
 
-METRICS = "metrics.jsonl"
+METRICS, NOT_FINITE = "metrics.jsonl", "not_finite.json"
+_READ = ("loss", "grad_norm", "learning_rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is known of a step on the host: its number, its task as logged, its cost, the seconds waited for its data,
+    and whether its program was compiled for it.
+    """
+
+    number: int
+    task: Mapping[str, object]
+    cost: Cost
+    waited: float = 0.0
+    compiled: bool = False
 
 
 class RunLog:
     """Takes a step's metrics while they are being computed and reads them one step later, so the device never waits.
 
-    `write` and `flush` raise UserError, one line, at the first loss or gradient norm that is not finite.
+    Every process reads them; the one with `writes` keeps files. `write` and `flush` raise UserError, one line, at the
+    first loss or gradient norm that is not finite; `describe(step)`, which says what its batch was made of, then goes to
+    `not_finite.json`.
     """
 
-    def __init__(self, workdir: Path, *, start: int, steps: int, log_every: int, shown: bool = True):
-        truncate(workdir / METRICS, start)
-        self.file = (workdir / METRICS).open("a", buffering=1)
-        self.board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start)
-        self.bar = tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=not shown)
-        self.log_every = log_every
-        self.pending = None
+    def __init__(
+        self, workdir: Path, *, start: int, steps: int, log_every: int, meter: Meter, describe: Callable[[int], object],
+        writes: bool = True, shown: bool = True, boards: tuple = (),
+    ):  # fmt: skip
+        self.workdir, self.log_every, self.meter, self.describe = workdir, log_every, meter, describe
+        self.boards = boards if writes else ()
+        self.file = None
+        if writes:
+            truncate(workdir / METRICS, start)
+            self.file = (workdir / METRICS).open("a", buffering=1)
+        hidden = not (shown and writes)
+        self.bar = tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=hidden)
+        self.pending, self.stopping = None, False
         self.clock = time.perf_counter()
 
-    def write(self, step: int, task: dict[str, object], metrics: dict[str, jax.Array]) -> None:
+    def write(self, step: Step, metrics: dict[str, jax.Array]) -> None:
         """Keeps this step's metrics and writes those of the step before."""
-        late, self.pending = self.pending, (step, task, metrics)
+        late, self.pending = self.pending, (step, metrics)
         self._write(late)
 
     def flush(self) -> None:
@@ -46,30 +72,110 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        self.board.close()
-        self.file.close()
+        for board in self.boards:
+            board.close()
+        if self.file:
+            self.file.close()
 
     def _write(self, late: tuple | None) -> None:
         if late is None:
             return
-        step, task, metrics = late
+        step, metrics = late
         read = jax.device_get(metrics)
-        values = {name: float(read[name]) for name in ("loss", "grad_norm", "learning_rate")}
+        values = {name: float(read[name]) for name in _READ}
+        self.stopping = self.stopping or bool(read["stop"])
         now = time.perf_counter()
-        record = {"step": step} | task | values | {"seconds": round(now - self.clock, 6)}
-        self.clock = now
+        seconds, self.clock = now - self.clock, now
         if not all(math.isfinite(value) for value in values.values()):
-            raise UserError(
-                f"training stopped at step {step} ({task['task']}): loss {values['loss']}, "
-                f"grad_norm {values['grad_norm']}; earlier checkpoints are intact: lower optimizer.learning_rate, "
-                "or check the data, and start again"
-            )
-        self.file.write(json.dumps(record) + "\n")
+            self._refuse(step, values)
+        record = {"step": step.number} | dict(step.task) | values | {"seconds": round(seconds, 6)}
+        rates = self.meter.read(step.cost, seconds, step.waited, counts=not step.compiled)
+        record |= {name: float(f"{value:.5g}") for name, value in rates.items()}
+        if step.compiled:
+            record["compiled"] = True
+        if self.file:
+            self.file.write(json.dumps(record) + "\n")
         self.bar.update()
-        if (step + 1) % self.log_every == 0:
-            self.bar.set_postfix(task=task["task"], loss=f"{values['loss']:.4f}", refresh=False)
-            for name in (*values, "seconds"):
-                self.board.add_scalar(f"{task['task']}/{name}", record[name], step)
+        if (step.number + 1) % self.log_every == 0:
+            told = {"loss": f"{values['loss']:.4f}", "s": f"{seconds:.2f}", "tok/s": f"{rates['tokens_per_second']:.0f}"}
+            told |= {"mfu": f"{rates['mfu']:.1%}"} if "mfu" in rates else {}
+            self.bar.set_postfix(task=step.task["task"], **told, refresh=False)
+            names = (*values, "seconds", *rates)
+            for board in self.boards:
+                board.write({f"{step.task['task']}/{name}": record[name] for name in names}, step.number)
+
+    def _refuse(self, step: Step, values: dict[str, float]) -> None:
+        if self.file:
+            batch = self.describe(step.number)
+            told = {"step": step.number} | dict(step.task) | {name: str(value) for name, value in values.items()}
+            (self.workdir / NOT_FINITE).write_text(json.dumps(told | {"batch": batch}, indent=1))
+        raise UserError(
+            f"training stopped at step {step.number} ({step.task['task']}): loss {values['loss']}, grad_norm "
+            f"{values['grad_norm']}; earlier checkpoints are intact, {self.workdir / NOT_FINITE} names the examples of "
+            "the step: lower optimizer.learning_rate, or check the data, and start again"
+        )
+
+
+class TensorBoard:
+    """Scalars as TensorBoard files in `folder`, from step `start` on."""
+
+    def __init__(self, folder: Path, start: int):
+        self.writer = SummaryWriter(str(folder), purge_step=start)
+
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """Scalars to a project of Weights & Biases; one run per workdir, which a restart goes on with."""
+
+    def __init__(self, project: str, workdir: Path, config: Mapping):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "config key 'log.wandb_project': wandb is not installed; pip install wandb, or leave it empty"
+            ) from error
+        self.run = wandb.init(
+            project=project, name=workdir.name, id=workdir.name, dir=str(workdir), config=dict(config), resume="allow"
+        )
+
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
+        self.run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def first_start(workdir: Path, *, step: int, write: bool) -> float:
+    """When the run was started for the first time, in seconds since 1970; this start is added to `starts.jsonl`."""
+    path = workdir / "starts.jsonl"
+    if write:
+        about = {
+            "time": time.time(), "step": step, "processes": jax.process_count(), "devices": jax.device_count(),
+            "device_kind": jax.devices()[0].device_kind, "jax": jax.__version__, "python": sys.version.split()[0],
+        }  # fmt: skip
+        with path.open("a") as file:
+            file.write(json.dumps(about) + "\n")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[0])["time"] if lines else time.time()
+
+
+def spent(workdir: Path, step: int) -> float:
+    """Seconds that the steps before `step` took, without compiling and waiting for data, as metrics.jsonl has them."""
+    path, total = workdir / METRICS, 0.0
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] < step and not record.get("compiled"):
+            total += record["seconds"] * (1 - record.get("data_wait", 0.0))
+    return total
 
 
 def truncate(path: Path, step: int) -> None:

@@ -1,24 +1,33 @@
-"""The training loop, on one page: set up, restore, step, log, save."""
+"""The training loop, on one page: set up, restore, step, log, save. Every process of a job runs all of it."""
 
 import dataclasses
-import signal
-import threading
+import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-
-import jax
 
 from sdv_jax.data import loading
 from sdv_jax.data.latents import LatentDataset
 from sdv_jax.errors import UserError
 from sdv_jax.objectives.denoising import Denoiser
-from sdv_jax.train import heldout, monitors, optimizer, plan, record, setup, state, step
+from sdv_jax.train import (
+    heldout,
+    logging,
+    monitors,
+    optimizer,
+    plan,
+    processes,
+    record,
+    setup,
+    state,
+    step,
+    throughput,
+)  # fmt: skip
 from sdv_jax.train.checkpointing import Checkpoints
 from sdv_jax.train.config import Config
 from sdv_jax.train.devices import Devices
-from sdv_jax.train.logging import RunLog
+from sdv_jax.train.heartbeat import Heartbeat
+from sdv_jax.train.logging import RunLog, Step
 from sdv_jax.train.monitors import Monitor
 from sdv_jax.train.state import TrainState
 
@@ -30,7 +39,7 @@ Sampler = Callable[[Denoiser, int, Path], None]
 class Result:
     """Where a run stopped: steps done, whether all of them, and the model with its trained (averaged) weights.
 
-    `signal` is the number of the signal that ended the run, if one did.
+    `signal` is the number of the signal that ended the run, if one came to this process.
     """
 
     steps: int
@@ -46,18 +55,26 @@ def run(
     """Trains to `config.train.steps`, resuming the run that `workdir` holds, if any.
 
     `stop_after` ends the run early, after that many steps in all, with a checkpoint. `data` and `model` replace what
-    the config names. SIGTERM and SIGINT end the run after the current step, with a checkpoint; `Result.finished` is
-    then False. Raises UserError for a wrong config, data that do not fit, a workdir of another run, and a loss that is
-    not finite.
+    the config names. SIGTERM and SIGINT, to any process, end the run after the step at hand (with several processes at
+    most two later, the same for all), with a checkpoint; `Result.finished` is then False. Raises UserError for a wrong
+    config, data that do not fit, a workdir of another run, and a loss that is not finite. When another process dies,
+    this one ends at once, with `heartbeat.PEER_LOST` as its status.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-
-    # ---- Data, model, plan ------------------------------------------------------------------------------------------
     devices = Devices.of(config.mesh)
-    data = setup.datasets(config, workdir / "data") if data is None else data
-    key = plan.run_key(config)
-    base = setup.about(config)
+    with Heartbeat.of(workdir, config.train.heartbeat):
+        data = setup.datasets(config, workdir / "data") if data is None else data
+        with devices.on_mesh():
+            return _run(config, workdir, devices, data, model, sampler=sampler, stop_after=stop_after, shown=shown)
+
+
+def _run(
+    config: Config, workdir: Path, devices: Devices, data: Mapping[str, LatentDataset], model: Denoiser | None, *,
+    sampler: Sampler | None, stop_after: int | None, shown: bool,
+) -> Result:  # fmt: skip
+    # ---- Data, model, plan ------------------------------------------------------------------------------------------
+    c, key, base = config.train, plan.run_key(config), setup.about(config)
     setup.check_data(config, data, base.traits)
     first = next(iter(data.values()), None)
     objective = setup.objective(config, base, first.scale if first else base.traits.latents)
@@ -68,48 +85,52 @@ def run(
     record.claim(workdir, config)
 
     # ---- State and compiled steps -----------------------------------------------------------------------------------
-    tx = optimizer.make(config.optimizer, config.train.steps)
-    rate = optimizer.learning_rate(config.optimizer, config.train.steps)
-    graph, *weights = state.split(model, mode=config.train.mode, train_encoder=config.text.train_encoder)
+    tx, rate = optimizer.make(config.optimizer, c.steps), optimizer.learning_rate(config.optimizer, c.steps)
+    graph, *weights = state.split(model, mode=c.mode, train_encoder=config.text.train_encoder)
     trained, frozen = (devices.put_weights(tree, setup.placements(base)) for tree in weights)
-    current = state.create(trained, tx, ema=config.train.ema_decay > 0)
-    decay = config.train.ema_decay
-    steps = {name: step.make(graph, loss, tx, rate, ema_decay=decay) for name, loss in schedule.losses.items()}
+    current = devices.put_rest(state.create(trained, tx, ema=c.ema_decay > 0))
+    steps = {
+        name: step.make(graph, loss, tx, rate, ema_decay=c.ema_decay, remat=c.remat)
+        for name, loss in schedule.losses.items()
+    }
     key, empty_text = devices.replicate((key, first.empty_text))
     del model, weights, trained
 
     # ---- Resume -----------------------------------------------------------------------------------------------------
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
-    start = checkpoints.latest() or 0
-    if start:
-        current = checkpoints.restore(current, key=key)
-    stop = min(config.train.steps, config.train.steps if stop_after is None else stop_after)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=c.keep, keep_every=c.keep_every)
+    start, current = checkpoints.restore(current, key=key, data=schedule.data_state(0)) or (0, current)
+    stop = min(c.steps, c.steps if stop_after is None else stop_after)
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
     watched = monitors.records(
         config, held, graph, frozen, objective, empty_text, devices=devices, workdir=workdir, start=start
     )
-    if sampler and config.train.sample_every:
-        watched.append(_samples(sampler, graph, frozen, config.train.sample_every, workdir / "samples"))
-    log = RunLog(workdir, start=start, steps=config.train.steps, log_every=config.train.log_every, shown=shown)
-    place = partial(devices.put_batch, parts=config.train.accumulate)
-    batches = loading.iterate(schedule.batches, start, place) if start < stop else None
+    if sampler and c.sample_every:
+        watched.append(_samples(sampler, graph, frozen, c.sample_every, workdir / "samples"))
+    costs = throughput.Costs(config, schedule.losses, base.traits.geometry, graph)
+    log = _log(config, workdir, schedule, start, shown)
+    place = partial(devices.put_batch, parts=c.accumulate)
+    batches = loading.iterate(schedule.batches, start, place, workers=config.data.workers) if start < stop else None
+    save = partial(_save, checkpoints, config, schedule, key)
     done = start
     try:
-        with devices.on_mesh(), _stop_requests() as signals:
-            while done < stop and not signals:
+        with processes.stop_requests() as signals:
+            while done < stop and not devices.agreed(signals, log.stopping):
                 _watch(watched, current, done, log)
-                current, metrics = steps[schedule.programs[done]](current, frozen, key, next(batches), empty_text)
-                log.write(done, schedule.task(done), metrics)
+                program, asked = schedule.programs[done], time.perf_counter()
+                batch, waited = next(batches), time.perf_counter() - asked
+                cost, compiled = costs.of(program, current.trained, frozen, batch, empty_text, key)
+                current, metrics = steps[program](current, frozen, key, batch, empty_text, devices.flags(signals))
+                log.write(Step(done, schedule.task(done), cost, waited, compiled), metrics)
                 done += 1
-                if done % config.train.save_every == 0 and done < stop:
+                if done % c.save_every == 0 and done < stop:
                     log.flush()
-                    checkpoints.save(done, current, key=key, position=schedule.position(done))
+                    save(done, current)
                     log.restart_clock()
             log.flush()
-            if done == config.train.steps and start < done:
+            if done == c.steps and start < done:
                 _watch(watched, current, done, log)
-        checkpoints.save(done, current, key=key, position=schedule.position(done))
+        save(done, current)
     finally:
         log.close()
         checkpoints.close()
@@ -117,10 +138,12 @@ def run(
             batches.close()
 
     # ---- Result -----------------------------------------------------------------------------------------------------
-    model = state.join(graph, state.result(current), frozen)
-    finished = done == config.train.steps
-    if finished and config.train.mode == "lora":
+    finished = done == c.steps
+    adapter = processes.on_host(state.result(current)) if c.mode == "lora" else state.result(current)
+    model = state.join(graph, adapter, frozen)
+    if finished and c.mode == "lora" and processes.is_writer():
         record.save_adapter(workdir / "adapter", model, config, base)
+    processes.together("the adapter is written")
     return Result(done, finished, model, None if finished or not signals else signals[0])
 
 
@@ -141,12 +164,31 @@ def load_trained(
     like = state.create(trained, optimizer.make(config.optimizer, config.train.steps), ema=config.train.ema_decay > 0)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
     try:
-        if checkpoints.latest() is None:
-            raise UserError(f"{workdir}: no checkpoint there; train first")
-        found = checkpoints.restore(like, key=plan.run_key(config))
+        found = checkpoints.restore(like, key=plan.run_key(config), data={"sets": {}})
     finally:
         checkpoints.close()
-    return state.join(graph, state.result(found) if averaged else found.trained, frozen)
+    if found is None:
+        raise UserError(f"{workdir}: no checkpoint there; train first")
+    return state.join(graph, state.result(found[1]) if averaged else found[1].trained, frozen)
+
+
+def _log(config: Config, workdir: Path, schedule: plan.Plan, start: int, shown: bool) -> RunLog:
+    writes = processes.is_writer()
+    began, boards = logging.first_start(workdir, step=start, write=writes), ()
+    if writes:
+        boards = (logging.TensorBoard(workdir / "tensorboard", start),)
+        if project := config.log.wandb_project:
+            boards += (logging.WandB(project, workdir, dataclasses.asdict(config)),)
+    peak = throughput.peak_flops(config.train.peak_tflops * 1e12)
+    meter = throughput.Meter(began=began, counted=logging.spent(workdir, start), peak=peak)
+    return RunLog(
+        workdir, start=start, steps=config.train.steps, log_every=config.train.log_every, meter=meter,
+        describe=schedule.batches.describe, writes=writes, shown=shown, boards=boards,
+    )  # fmt: skip
+
+
+def _save(checkpoints: Checkpoints, config: Config, schedule: plan.Plan, key, done: int, current: TrainState) -> None:
+    checkpoints.save(done, current, key=key, data=schedule.data_state(done), config=dataclasses.asdict(config))
 
 
 def _watch(watched: list[Monitor], current: TrainState, done: int, log: RunLog) -> None:
@@ -160,19 +202,3 @@ def _watch(watched: list[Monitor], current: TrainState, done: int, log: RunLog) 
 
 def _samples(sampler: Sampler, graph, frozen, every: int, folder: Path) -> Monitor:
     return Monitor(every, lambda current, done: sampler(state.join(graph, state.result(current), frozen), done, folder))
-
-
-@contextmanager
-def _stop_requests():
-    """A list of the SIGTERMs and SIGINTs that came; outside the main thread Python allows no handlers: always empty."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda got, _: received.append(got)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -19,6 +19,7 @@ from sdv_jax.train.config import Config
 from sdv_jax.train.devices import Devices
 from sdv_jax.train.heldout import HeldOut
 from sdv_jax.train.logging import truncate
+from sdv_jax.train.processes import is_writer
 from sdv_jax.train.state import TrainState, Tree, result
 from sdv_jax.typing import Array
 
@@ -38,8 +39,9 @@ def records(
     devices: Devices, workdir: Path, start: int,
 ) -> list[Monitor]:  # fmt: skip
     """The monitors that write records."""
-    for name in (VALIDATION, GRADIENTS):
-        truncate(workdir / name, start)
+    if is_writer():
+        for name in (VALIDATION, GRADIENTS):
+            truncate(workdir / name, start)
     key, found = devices.replicate(jax.random.key(_NOISE)), []
 
     def batches(name: str):
@@ -79,5 +81,6 @@ def _validation(config: Config, graph: nnx.GraphDef, objective: Objective) -> di
 
 
 def _append(path: Path, record: Mapping) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    if is_writer():
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")

@@ -7,8 +7,10 @@ from functools import partial
 import jax
 import numpy as np
 
+from sdv_jax.adapters.reference import kept_count
 from sdv_jax.data.loading import Part, StepBatches, Stream
 from sdv_jax.errors import UserError
+from sdv_jax.models.contract import Geometry
 from sdv_jax.objectives import identity, motion, switching, text_to_video
 from sdv_jax.objectives.denoising import Objective
 from sdv_jax.train.config import Config
@@ -31,9 +33,16 @@ class Plan:
         task, _, variant = self.programs[step].partition("/")
         return {"task": task} | ({"reference": not variant} if task == "identity" else {})
 
-    def position(self, step: int) -> dict[str, int]:
-        """Batches read of each stream before `step`."""
-        return {name: sum(name in reads for reads in self.batches.plan[:step]) for name in self.batches.streams}
+    def data_state(self, step: int) -> dict[str, dict]:
+        """Where a run is in its data before `step`: batches read of each stream, and what is in the streams.
+
+        The position follows from the step; the fingerprints show whether the data are still those that were read.
+        """
+        streams = self.batches.streams
+        return {
+            "position": {name: sum(name in reads for reads in self.batches.plan[:step]) for name in streams},
+            "sets": {name: [part.fingerprint for part in stream.parts] for name, stream in streams.items()},
+        }
 
 
 def make(
@@ -125,6 +134,22 @@ def losses(config: Config, objective: Objective) -> dict[str, Callable]:
         "motion": motion_loss,
         "text_to_video": text_to_video_loss,
     }
+
+
+def tokens(config: Config, program: str, shapes: Mapping[str, tuple[int, ...]], geometry: Geometry) -> int:
+    """Video and reference tokens that the transformer sees in a step; `shapes` are those of each stream's latents,
+    [parts, rows, t, h, w, c].
+    """
+    total = 0
+    for name, (parts, rows, t, h, w, _) in shapes.items():
+        frame = geometry.frame_tokens(h, w)
+        total += parts * rows * -(-t // geometry.frame_patch) * frame
+        if program == "identity":
+            total += parts * rows * config.identity.references * frame
+        if program == "motion" and config.motion.references:
+            drop = config.motion.token_drop
+            total += parts * rows * kept_count(config.motion.references * frame, drop)
+    return total
 
 
 def run_key(config: Config) -> Key[Array, ""]:

@@ -2,20 +2,24 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 from sdv_jax.checkpoints import adapter_files
 from sdv_jax.checkpoints.model_folder import About
+from sdv_jax.data.files import replacing
 from sdv_jax.errors import UserError
 from sdv_jax.objectives.denoising import Denoiser
 from sdv_jax.train import config as configs
 from sdv_jax.train import setup
 from sdv_jax.train.config import Config
+from sdv_jax.train.processes import is_writer, together
 
 # What may change when a run is resumed: its length, its housekeeping, and where things lie.
 FREE = (
-    "train.steps", "train.save_every", "train.keep", "train.log_every", "train.sample_every", "sample.guidance",
-    "model.path", "data.identity", "data.motion",
+    "train.steps", "train.save_every", "train.keep", "train.keep_every", "train.log_every", "train.sample_every",
+    "train.remat", "train.heartbeat", "train.peak_tflops", "sample.guidance", "validation.every", "validation.bins",
+    "gradients.every", "mesh.fsdp", "log.wandb_project", "data.workers", "model.path", "data.identity", "data.motion",
 )  # fmt: skip
 
 
@@ -30,13 +34,17 @@ def claim(workdir: Path, config: Config) -> None:
         )
     if path.exists():
         before, now = _flat(read(workdir)), _flat(config)
-        changed = [key for key in now if key not in FREE and before[key] != now[key]]
-        if changed:
-            told = ", ".join(f"{key} {before[key]!r} -> {now[key]!r}" for key in changed)
+        changed = {key: f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]}
+        if refused := ", ".join(told for key, told in changed.items() if key not in FREE):
             raise UserError(
-                f"{workdir} holds a run with other settings ({told}); use a new --workdir, or the same settings"
+                f"{workdir} holds a run with other settings ({refused}); use a new --workdir, or the same settings"
             )
-    path.write_text(config.json())
+        if changed and is_writer():
+            print(f"sdv: {workdir} goes on with changed settings: {', '.join(changed.values())}", file=sys.stderr)
+    together("the settings are compared")
+    if is_writer():
+        with replacing(path, what="config") as fresh:
+            fresh.write_text(config.json())
 
 
 def read(workdir: Path) -> Config:

@@ -30,6 +30,7 @@ from sdv_jax.small_world import pool, prepared
 from sdv_jax.small_world.world import World
 from sdv_jax.train import plan
 from sdv_jax.train.config import Config
+from sdv_jax.train.processes import is_writer, together
 
 SMALL_WORLD = "small_world"
 TRAINED = ("v_prediction", "flow_prediction")  # what a network may predict
@@ -57,7 +58,10 @@ def datasets(config: Config, cache: Path) -> dict[str, LatentDataset]:
 
 def parts(data: Mapping[str, LatentDataset]) -> dict[str, tuple[Part, ...]]:
     """Every row of each dataset, for the loader."""
-    return {name: (Part(dataset, np.arange(len(dataset)), 1.0, name),) for name, dataset in data.items()}
+    return {
+        name: (Part(dataset, np.arange(len(dataset)), 1.0, name, dataset.fingerprint),)
+        for name, dataset in data.items()
+    }
 
 
 def about(config: Config) -> About:
@@ -171,7 +175,8 @@ def model(config: Config, base: About, *, token_ids: bool, mesh: jax.sharding.Me
 
 def placements(base: About) -> dict[str, Table]:
     """The sharding tables of the parts of a `Denoiser`."""
-    return {"transformer": base.family.placement(base.family.denoiser), "text_encoder": base.family.placement("text_encoder")}
+    family = base.family
+    return {"transformer": family.placement(family.denoiser), "text_encoder": family.placement("text_encoder")}
 
 
 def targets(config: Config, base: About) -> tuple[str, ...]:
@@ -216,8 +221,9 @@ def objective(config: Config, base: About, latents: LatentScale) -> Objective:
 def _small_world(config: Config, name: str, cache: Path) -> LatentDataset:
     about = repr((name, config.small_world, config.model.path, config.text.train_encoder))
     folder = cache / f"{name}_{zlib.crc32(about.encode()):08x}"
-    if not (folder / "dataset.json").is_file():
+    if is_writer() and not (folder / "dataset.json").is_file():
         latents.save(_render(config, name), folder)
+    together(f"data.{name} is rendered")
     return latents.load(folder)
 
 

@@ -13,38 +13,7 @@ from sdv_jax.errors import UserError
 from sdv_jax.train import config as configs
 from sdv_jax.train import loop, setup
 from tests.train import tiny
-
-TRANSFORMER = {
-    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 8,
-    "freq_dim": 8, "ffn_dim": 16, "num_layers": 1,
-}  # fmt: skip
-VAE = {
-    "base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1], "temperal_downsample": [True, True], "scale_factor_spatial": 4,
-    "latents_mean": [0.5, 0.0, -0.5, 0.1], "latents_std": [2.0, 1.0, 0.5, 1.0],
-}  # fmt: skip
-
-
-def config(**overrides):
-    """tests/train/tiny.py's settings on Wan: other tables, and one line for the family."""
-    settings = {
-        "train.steps": 6, "train.save_every": 100, "identity.batch_size": 4, "motion.batch_size": 4, "lora.rank": 2,
-        "lora.alpha": 2.0, "lora.dropout": 0.0, "optimizer.learning_rate": 1e-2, "optimizer.warmup": 2,
-        "switch.motion_probability": 0.4, "model.family": "wan",
-    }  # fmt: skip
-    settings |= {f"model.transformer.{key}": value for key, value in TRANSFORMER.items()}
-    settings |= {f"model.vae.{key}": value for key, value in VAE.items()}
-    settings |= {f"model.text_encoder.{key}": value for key, value in tiny.TEXT_ENCODER.items()}
-    settings |= {"model.index.expand_timesteps": True,
-                 "model.scheduler._class_name": "UniPCMultistepScheduler", "model.scheduler.flow_shift": 3.0,
-                 "model.scheduler.use_flow_sigmas": True, "model.scheduler.prediction_type": "flow_prediction",
-                 "model.defaults.text_length": 3}  # fmt: skip
-    return configs.load("configs/base.py", settings | {key.replace("__", "."): v for key, v in overrides.items()})
-
-
-def data(settings) -> dict[str, LatentDataset]:
-    scale = setup.about(settings).traits.latents
-    return {name: dataclasses.replace(dataset, scale=scale) for name, dataset in tiny.data().items()}
-
+from tests.train.tiny_wan import config, data
 
 def losses(workdir):
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -44,8 +44,17 @@ def data(*, token_ids: bool = False) -> dict[str, LatentDataset]:
     }
 
 
+def rows(settings: configs.Config) -> dict[str, LatentDataset]:
+    """48 rows of each, for batches that are cut over devices."""
+    token_ids = settings.text.train_encoder
+    return {
+        "identity": dataset(48, frames=1, views=2, token_ids=token_ids, seed=1),
+        "motion": dataset(48, frames=2, views=5, token_ids=token_ids, seed=2),
+    }
+
+
 def config(**overrides) -> configs.Config:
-    """configs/base.py at this size; overrides are SECTION__KEY=VALUE."""
+    """configs/base.py at this size; overrides are SECTION__KEY=VALUE or dotted keys."""
     settings = {
         "train.steps": 6, "train.save_every": 100, "identity.batch_size": 4, "motion.batch_size": 4,
         "text_to_video.batch_size": 4, "lora.rank": 2, "lora.alpha": 2.0, "lora.dropout": 0.0,

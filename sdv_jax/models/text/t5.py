@@ -30,6 +30,7 @@ from sdv_jax.models.config_check import MOST_LAYERS, check_numbers
 from sdv_jax.nn.attention import attention
 from sdv_jax.nn.linear import Linear
 from sdv_jax.nn.norms import RMSNorm
+from sdv_jax.nn.rearrange import by_example
 from sdv_jax.nn.stack import scan_blocks, stack
 from sdv_jax.typing import Array, Bool, Float, Int
 
@@ -110,7 +111,10 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (entries, width), dtype))
 
     def __call__(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
-        return jnp.take(self.embedding[...], ids, axis=0, mode="clip")
+        def look_up(ids, table):
+            return jnp.take(table, ids, axis=0, mode="clip")
+
+        return by_example(look_up, ids, self.embedding[...])
 
 
 class SelfAttention(nnx.Module):

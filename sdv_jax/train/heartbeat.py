@@ -1,0 +1,99 @@
+"""Processes of one job tell each other that they live, so that a dead one ends the job instead of hanging it.
+
+Each writes a counter to a file of its own in the workdir, which all share, and watches the others' files. One that has
+not changed for `timeout` seconds is dead or cut off: a line says which, and this process ends with `PEER_LOST`.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+PEER_LOST = 76  # exit status: another process is gone; start all of them again
+_DONE = "done"
+_BEATS = 8  # per timeout
+
+
+class Heartbeat:
+    """`with Heartbeat(folder, index, count, timeout):` beats and watches in a thread; nothing with one process.
+
+    `lost(message)` is called when a process is missed; it must not return. It defaults to ending this process.
+    """
+
+    def __init__(
+        self, folder: Path, *, index: int, count: int, timeout: float, lost: Callable[[str], None] | None = None
+    ):
+        self.folder, self.index, self.count, self.timeout = folder, index, count, timeout
+        self.lost = lost or end
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+
+    @classmethod
+    def of(cls, workdir: Path, timeout: float) -> "Heartbeat":
+        """That of this process of this job."""
+        return cls(workdir / "heartbeats", index=jax.process_index(), count=jax.process_count(), timeout=timeout)
+
+    def __enter__(self) -> "Heartbeat":
+        if self.count > 1:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._beat(f"{os.getpid()} 0")
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self.count > 1:
+            self.stopped.set()
+            self.thread.join()
+            if kind is None:
+                self._beat(_DONE)
+
+    def silent(self, seen: dict[int, tuple[str, float]], now: float) -> list[int]:
+        """The processes that have not been heard of for `timeout` seconds; `seen` is what was last read, and when."""
+        for other in set(range(self.count)) - {self.index}:
+            said = self._read(other)
+            if said == _DONE or other not in seen or seen[other][0] != said:
+                seen[other] = (said, now)
+        return [other for other, (_, when) in sorted(seen.items()) if now - when > self.timeout]
+
+    def _watch(self) -> None:
+        seen: dict[int, tuple[str, float]] = {}
+        beats = 0
+        while not self.stopped.wait(self.timeout / _BEATS):
+            beats += 1
+            self._beat(f"{os.getpid()} {beats} {socket.gethostname()}")
+            if missed := self.silent(seen, time.monotonic()):
+                names = ", ".join(f"{other} ({self._host(seen[other][0])})" for other in missed)
+                self.lost(
+                    f"process {names} of {self.count} has not been heard of for {self.timeout:g} s: it died, or its "
+                    "host or network did; start all processes again, they go on from the newest checkpoint"
+                )
+                return
+
+    def _beat(self, said: str) -> None:
+        path = self.folder / str(self.index)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(said)
+        os.replace(fresh, path)
+
+    def _read(self, other: int) -> str:
+        try:
+            return (self.folder / str(other)).read_text()
+        except OSError:
+            return ""
+
+    @staticmethod
+    def _host(said: str) -> str:
+        words = said.split()
+        return f"host {words[2]}" if len(words) > 2 else "never seen"
+
+
+def end(message: str) -> None:
+    """Says it and ends this process at once: others may be waiting in a collective that never comes back."""
+    print(f"sdv: error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(PEER_LOST)

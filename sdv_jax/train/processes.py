@@ -1,0 +1,74 @@
+"""One job of several processes: joining them, agreeing on the end, and who writes what they share."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sdv_jax.errors import UserError
+
+PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; the same command goes on (sysexits' TEMPFAIL)
+_PATIENCE = 10  # how many times longer JAX itself waits for a silent process than our own watch, which says more
+
+
+def join(coordinator: str, count: int | None, index: int | None, *, timeout: float) -> None:
+    """Makes this process number `index` of `count`, found through `coordinator` ("host:port").
+
+    "auto" reads all three from the cluster (Slurm, Open MPI, Kubernetes, GKE and Cloud TPU). Call it before any device
+    is touched. Raises UserError when the others do not come.
+    """
+    given = {}
+    if coordinator != "auto":
+        if count is None or index is None:
+            raise UserError("--coordinator HOST:PORT needs --processes N and --process I; on a cluster give auto for it")
+        if not 0 <= index < count:
+            raise UserError(f"--process is {index}, expected 0 to {count - 1} (--processes {count})")
+        given = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
+    try:
+        jax.distributed.initialize(
+            **given, initialization_timeout=int(timeout), heartbeat_timeout_seconds=int(_PATIENCE * timeout)
+        )
+    except (RuntimeError, ValueError) as error:
+        told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"the processes did not find each other through {coordinator} within {timeout:g} s ({told}); check that "
+            "all were started, and that the port is free and reachable"
+        ) from error
+
+
+def is_writer() -> bool:
+    """Whether this process writes the files that all share."""
+    return jax.process_index() == 0
+
+
+def together(name: str) -> None:
+    """Waits until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def on_host(tree):
+    """Arrays of any sharding whole, as numpy arrays, on every process. All processes call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda leaf: np.asarray(multihost_utils.process_allgather(leaf, tiled=True)), tree)
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list of the SIGTERMs and SIGINTs that came; outside the main thread Python allows no handlers: always empty."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda got, _: received.append(got)) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
