@@ -1,6 +1,5 @@
 """Wan in the training loop: the same configs, with another family."""
 
-import dataclasses
 import json
 
 import jax
@@ -8,12 +7,12 @@ import numpy as np
 import pytest
 
 from sdv_jax.checkpoints import adapter_files
-from sdv_jax.data.latents import LatentDataset
 from sdv_jax.errors import UserError
 from sdv_jax.train import config as configs
 from sdv_jax.train import loop, setup
 from tests.train import tiny
 from tests.train.tiny_wan import config, data
+
 
 def losses(workdir):
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
