@@ -1,0 +1,398 @@
+"""Decoding: which frames come out, in which size, and what a damaged or odd file becomes."""
+
+import numpy as np
+import pytest
+
+from sdv_jax.data.decode import Size, probe, read_clip, read_picture
+from sdv_jax.data.importers.item import Clip, Frame, Rejected
+from tests.data.clips import numbered, numbers, write, write_sound
+
+
+def nearest(times, fps, count):
+    """What the resampler should choose, written the slow way."""
+    due = [times[0] + k / fps for k in range(count)]
+    return [min(range(len(times)), key=lambda i: (round(abs(times[i] - t), 9), i)) for t in due]
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted", "expected"),
+    [
+        (24, 8, [0, 3, 6, 9, 12, 15, 18, 21]),
+        (30, 16, [0, 2, 4, 6, 7, 9, 11, 13]),
+        (24000 / 1001, 8, [0, 3, 6, 9, 12, 15, 18, 21]),
+        (24000 / 1001, 24, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (25, 24, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (60, 24, [0, 2, 5, 7, 10, 12, 15, 17]),
+        (16, 24, [0, 1, 1, 2, 3, 3, 4, 5]),
+        (24, None, [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_constant_rates(tmp_path, source, wanted, expected):
+    write(tmp_path / "a.mp4", numbered(30), fps=source)
+    frames = read_clip(Clip(tmp_path / "a.mp4"), Size(8, 32, 48), fps=wanted)
+    assert numbers(frames) == expected
+    if wanted:
+        assert expected == nearest([i / source for i in range(30)], wanted, 8)
+
+
+def test_any_rate_against_the_slow_way(tmp_path):
+    rng = np.random.default_rng(0)
+    write(tmp_path / "a.mp4", numbered(50), fps=30)
+    for fps in rng.uniform(5, 40, 12):
+        frames = read_clip(Clip(tmp_path / "a.mp4"), Size(7, 32, 48), fps=float(fps))
+        assert numbers(frames) == nearest([i / 30 for i in range(50)], fps, 7), fps
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_variable_rate_goes_by_time(tmp_path, suffix):
+    times = [0, 40, 80, 200, 240, 400, 420, 430, 600, 640, 700, 900, 1000]  # ms
+    write(tmp_path / f"a.{suffix}", numbered(13), times=times, fps=25)
+    frames = read_clip(Clip(tmp_path / f"a.{suffix}"), Size(9, 32, 48), fps=10)
+    assert numbers(frames) == [0, 2, 3, 4, 5, 7, 8, 10, 10]
+    assert numbers(frames) == nearest([t / 1000 for t in times], 10, 9)
+    assert probe(Clip(tmp_path / f"a.{suffix}")).fps == pytest.approx(13 / 1.04, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec", "pix_fmt"),
+    [
+        ("mp4", "libx264", "yuv420p"),
+        ("mov", "libx264", "yuv444p"),
+        ("mkv", "libx264", "yuv420p"),
+        ("webm", "libvpx-vp9", "yuv420p"),
+        ("avi", "libx264", "yuv420p"),  # no times of showing in the file
+        ("ts", "libx264", "yuv420p"),  # seeks to about the right place only
+        ("flv", "flv1", "yuv420p"),
+        ("mpg", "mpeg2video", "yuv420p"),
+        ("gif", "gif", "rgb8"),
+    ],
+)
+def test_a_part_is_entered_at_its_first_frame(tmp_path, suffix, codec, pix_fmt):
+    write(tmp_path / f"a.{suffix}", numbered(50), fps=25, codec=codec, pix_fmt=pix_fmt)
+    clip = Clip(tmp_path / f"a.{suffix}", start=17, end=30)
+    assert numbers(read_clip(clip, Size(13, 32, 48), fps=None)) == list(range(17, 30))
+    assert numbers(read_clip(clip, Size(4, 32, 48), fps=25 / 3)) == [17, 20, 23, 26]
+    assert numbers([read_picture(Frame(clip.path, 33), height=32, width=48)]) == [33]
+    found = probe(clip)
+    assert (found.frames, found.height, found.width) == (13, 32, 48)
+    assert (found.fps, found.duration) == (pytest.approx(25), pytest.approx(13 / 25))
+
+
+def test_entering_late_does_not_decode_from_the_beginning(tmp_path, monkeypatch):
+    from sdv_jax.data import streams
+
+    write(tmp_path / "a.mp4", numbered(50), gop=10)
+    decoded, original = [], streams._shown
+    monkeypatch.setattr(streams, "_shown", lambda *a, **k: decoded.append(0) or original(*a, **k))
+    read_clip(Clip(tmp_path / "a.mp4", start=42), Size(3, 32, 48), fps=None)
+    assert len(decoded) <= 1 + 10
+
+
+def test_a_long_file_is_not_held_in_memory(tmp_path, monkeypatch):
+    """Frames are let go of as they pass: at any time only a handful are alive."""
+    import gc
+    import weakref
+
+    from sdv_jax.data import streams
+
+    write(tmp_path / "a.mp4", numbered(120), fps=24)
+    alive, most, original = weakref.WeakSet(), [0], streams._shown
+
+    def counted(*args, **kwargs):
+        shown = original(*args, **kwargs)
+        alive.add(shown)
+        gc.collect()
+        most[0] = max(most[0], len(alive))
+        return shown
+
+    monkeypatch.setattr(streams, "_shown", counted)
+    read_clip(Clip(tmp_path / "a.mp4"), Size(30, 32, 48), fps=8)
+    assert most[0] <= 6
+
+
+def test_the_end_of_a_clip(tmp_path):
+    write(tmp_path / "a.mp4", numbered(24), fps=24)
+    assert numbers(read_clip(Clip(tmp_path / "a.mp4"), Size(8, 32, 48), fps=8)) == list(range(0, 24, 3))
+    assert len(read_clip(Clip(tmp_path / "a.mp4"), Size(24, 32, 48), fps=None)) == 24
+    rejected("too short", "gives 8 frames at 8 fps; 9 are needed", clip=tmp_path / "a.mp4", size=Size(9, 32, 48), fps=8)
+    rejected("too short", "gives 24 frames; 25 are needed", clip=tmp_path / "a.mp4", size=Size(25, 32, 48), fps=None)
+    rejected("too short", "has 24 frames; frame 24 was", clip=Clip(tmp_path / "a.mp4", start=24), size=Size(1, 32, 48))
+    rejected("too short", "gives 5 frames", clip=Clip(tmp_path / "a.mp4", start=9, end=14), size=Size(6, 32, 48))
+
+
+def rejected(reason, words, *, clip=None, size=None, fps=None, picture=None):
+    with pytest.raises(Rejected) as caught:
+        if picture is not None:
+            read_picture(picture, height=32, width=32)
+        else:
+            clip = clip if isinstance(clip, Clip) else Clip(clip)
+            read_clip(clip, size or Size(4, 32, 48), fps=fps)
+    assert caught.value.reason == reason and words in caught.value.detail
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+# Geometry
+
+
+def disc(height, width, *, radius=None, centre=None):
+    """A white disc on black."""
+    radius = radius or min(height, width) // 4
+    y, x = np.mgrid[0:height, 0:width]
+    top, left = centre or (height / 2, width / 2)
+    inside = (y + 0.5 - top) ** 2 + (x + 0.5 - left) ** 2 < radius**2
+    return np.where(inside[..., None], 255, 0).astype(np.uint8).repeat(3, -1)
+
+
+def extent(pixels):
+    """Height, width and centre of what is white."""
+    rows, columns = np.nonzero((pixels[..., 0] > 127).any(1))[0], np.nonzero((pixels[..., 0] > 127).any(0))[0]
+    return (
+        rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1,
+        (rows[0] + rows[-1] + 1) / 2, (columns[0] + columns[-1] + 1) / 2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 128), (96, 64), (50, 90), (200, 200)])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_circle_stays_a_circle(tmp_path, height, width, odd):
+    pixels = disc(120 - odd, 160 - odd, radius=30)
+    fmt = "yuv444p" if odd else "yuv420p"
+    write(tmp_path / "a.mp4", np.stack([pixels] * 3), pix_fmt=fmt, options={"crf": "4"})
+    frame = read_clip(Clip(tmp_path / "a.mp4"), Size(3, height, width), fps=None)[1]
+    picture = read_picture(Frame(tmp_path / "a.mp4", 1), height=height, width=width)
+    scale = max(height / (120 - odd), width / (160 - odd))
+    for found in (frame, picture):
+        tall, wide, top, left = extent(found)
+        assert abs(tall - wide) <= 1 and abs(wide - 60 * scale) <= 2
+        assert abs(top - height / 2) <= 1 and abs(left - width / 2) <= 1
+    assert np.abs(frame.astype(int) - picture).mean() < 3  # the two ways of resizing agree
+
+
+def marked(height=48, width=64):
+    """Four corners that differ, so that every turn and mirroring is told apart."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2] = 250
+    pixels[: height // 2, width // 2 :] = 170
+    pixels[height // 2 :, : width // 2] = 90
+    return pixels
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, -90])
+def test_rotation_marks(tmp_path, degrees):
+    upright = marked()
+    stored = np.ascontiguousarray(np.rot90(upright, -degrees // 90))
+    write(tmp_path / "a.mp4", np.stack([stored] * 3), rotation=degrees, options={"crf": "4"}, pix_fmt="yuv444p")
+    write(tmp_path / "b.mp4", np.stack([upright] * 3), options={"crf": "4"}, pix_fmt="yuv444p")
+    a, b = (read_clip(Clip(tmp_path / name), Size(3, 32, 40), fps=None) for name in ("a.mp4", "b.mp4"))
+    assert np.abs(a.astype(int) - b).mean() < 2
+    a, b = (probe(Clip(tmp_path / name)) for name in ("a.mp4", "b.mp4"))
+    assert a == b and (a.height, a.width) == (48, 64)
+    a, b = (read_picture(Frame(tmp_path / name, 1), height=32, width=40) for name in ("a.mp4", "b.mp4"))
+    assert np.abs(a.astype(int) - b).mean() < 2
+
+
+def test_a_box_counts_in_the_upright_picture(tmp_path):
+    upright = marked()
+    write(tmp_path / "a.mp4", np.stack([np.rot90(upright, -1)] * 3), rotation=90, options={"crf": "4"})
+    box = (34, 2, 62, 22)  # within the upper right corner
+    clip = read_clip(Clip(tmp_path / "a.mp4", box=box), Size(3, 20, 28), fps=None)
+    picture = read_picture(Frame(tmp_path / "a.mp4", 0, box=box), height=20, width=28)
+    assert np.abs(clip.astype(int) - 170).max() < 12 and np.abs(picture.astype(int) - 170).max() < 12
+    assert (probe(Clip(tmp_path / "a.mp4", box=box)).height, probe(Clip(tmp_path / "a.mp4", box=box)).width) == (20, 28)
+    far = (80, 0, 90, 10)
+    rejected("box outside the picture", "64x48 pixels; the box is (80,", clip=Clip(tmp_path / "a.mp4", box=far))
+    rejected("box outside the picture", "64x48 pixels", picture=Frame(tmp_path / "a.mp4", 0, box=far))
+
+
+@pytest.mark.parametrize("aspect", ["4/3", "1/2"])
+def test_pixels_that_are_not_square(tmp_path, aspect):
+    from fractions import Fraction
+
+    ratio = Fraction(aspect)
+    shown = disc(96, round(96 * ratio), radius=24)
+    from PIL import Image
+
+    stored = np.asarray(Image.fromarray(shown).resize((96, 96)))
+    write(tmp_path / "a.mp4", np.stack([stored] * 3), aspect=ratio, options={"crf": "4"})
+    found = probe(Clip(tmp_path / "a.mp4"))
+    assert (found.height, found.width) == (96, round(96 * ratio))
+    for pixels in (
+        read_clip(Clip(tmp_path / "a.mp4"), Size(3, 96, round(96 * ratio)), fps=None)[0],
+        read_picture(Frame(tmp_path / "a.mp4", 0), height=96, width=round(96 * ratio)),
+    ):
+        tall, wide, _, _ = extent(pixels)
+        assert abs(tall - wide) <= 2 and abs(tall - 48) <= 2
+
+
+def test_ten_bits_and_many_colours(tmp_path):
+    """Reference pixels come out of every storage: bits, subsampling, tagged and untagged colour matrices."""
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[:, :48], pixels[:, 48:] = (200, 60, 30), (30, 90, 220)
+    quiet = {"x265-params": "log-level=none"}
+    for name, codec, pix_fmt, options in (
+        ("a.mp4", "libx265", "yuv420p10le", quiet),
+        ("b.mp4", "libx264", "yuv422p10le", {}),
+        ("c.mp4", "libx264", "yuv444p10le", {}),
+        ("d.mkv", "libx264rgb", "rgb24", {}),
+        ("e.mov", "prores_ks", "yuv422p10le", {}),
+        ("f.mkv", "ffv1", "gray", {}),
+    ):
+        write(tmp_path / name, np.stack([pixels] * 4), codec=codec, pix_fmt=pix_fmt, options=options)
+        found = read_clip(Clip(tmp_path / name), Size(2, 64, 96), fps=None)[0]
+        if pix_fmt == "gray":
+            assert (found[..., 0] == found[..., 2]).all()
+        else:
+            assert np.abs(found[20, 10].astype(int) - (200, 60, 30)).max() < 6, name
+            assert np.abs(found[20, 80].astype(int) - (30, 90, 220)).max() < 6, name
+
+
+def test_transparency_is_put_on_white(tmp_path):
+    rgba = np.zeros((32, 48, 4), np.uint8)
+    rgba[:, 24:] = (200, 60, 30, 255)
+    write(tmp_path / "a.mov", np.stack([rgba] * 2), codec="qtrle", pix_fmt="argb")
+    for pixels in (
+        read_clip(Clip(tmp_path / "a.mov"), Size(2, 32, 48), fps=None)[0],
+        read_picture(Frame(tmp_path / "a.mov", 0), height=32, width=48),
+    ):
+        assert tuple(pixels[5, 5]) == (255, 255, 255) and tuple(pixels[5, 40]) == (200, 60, 30)
+
+
+def test_decoding_twice_gives_the_same_bytes(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (9, 60, 80, 3), np.uint8)
+    write(tmp_path / "a.mp4", frames)
+    once, again = (read_clip(Clip(tmp_path / "a.mp4"), Size(4, 32, 48), fps=10) for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+
+
+# Damage and oddities
+
+
+def test_files_that_are_no_videos(tmp_path):
+    rejected("file missing", "does not exist", clip=tmp_path / "none.mp4")
+    rejected("file missing", "is not a file", clip=tmp_path)
+    (tmp_path / "empty.mp4").touch()
+    rejected("empty file", "has no content", clip=tmp_path / "empty.mp4")
+    (tmp_path / "text.mp4").write_text("not a video")
+    rejected("unreadable video", "text.mp4 is damaged or not a video", clip=tmp_path / "text.mp4")
+    rejected("no picture stream", "sound.mp4 holds no moving", clip=write_sound(tmp_path / "sound.mp4"))
+    write(tmp_path / "a.mp4", numbered(4))
+    (tmp_path / "a.mp4").chmod(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)  # root may read everything
+        rejected("no permission", "cannot be read", clip=tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("content", ["#EXTM3U\n#EXTINF:1,\n{0}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {0}\n"])
+def test_files_that_only_name_other_files(tmp_path, content):
+    """A playlist could lead out of the folder, or to an address."""
+    write(tmp_path / "a.mp4", numbered(4))
+    (tmp_path / "list.mp4").write_text(content.format(tmp_path / "a.mp4"))
+    rejected("unreadable video", "list.mp4", clip=tmp_path / "list.mp4")
+    with pytest.raises(Rejected, match="unreadable video"):
+        probe(Clip(tmp_path / "list.mp4"))
+
+
+def test_a_wrong_extension_does_not_matter(tmp_path):
+    write(tmp_path / "a.mkv", numbered(6))
+    (tmp_path / "a.mkv").rename(tmp_path / "a.mp4")
+    assert numbers(read_clip(Clip(tmp_path / "a.mp4"), Size(4, 32, 48), fps=None)) == [0, 1, 2, 3]
+
+
+def test_one_frame_and_none(tmp_path):
+    write(tmp_path / "one.mp4", numbered(1))
+    assert numbers(read_clip(Clip(tmp_path / "one.mp4"), Size(1, 32, 48), fps=8)) == [0]
+    assert probe(Clip(tmp_path / "one.mp4")).frames == 1
+    rejected("too short", "gives 1 frames; 4 are needed", clip=tmp_path / "one.mp4")
+    (tmp_path / "none.gif").write_bytes(b"GIF89a" + bytes([16, 0, 16, 0, 0, 0, 0]) + b";")
+    rejected("no frames", "none.gif holds no frame", clip=tmp_path / "none.gif")
+    rejected("no frames", "none.gif holds no frame", picture=Frame(tmp_path / "none.gif", 0))
+    with pytest.raises(Rejected, match="no frames: .* holds no frame"):
+        probe(Clip(tmp_path / "none.gif"))
+    write(tmp_path / "none.mp4", numbered(0))
+    rejected("no picture stream", "none.mp4 holds no moving pictures", clip=tmp_path / "none.mp4")
+    rejected("too short", "has 1 frames; frame 3 was asked for", picture=Frame(tmp_path / "one.mp4", 3))
+
+
+def noisy(count=24):
+    return np.random.default_rng(0).integers(0, 255, (count, 64, 96, 3), np.uint8)
+
+
+def test_a_truncated_file_gives_what_it_has(tmp_path):
+    write(tmp_path / "a.mp4", noisy(), flags={"movflags": "faststart"}, options={"bf": "0"})
+    whole = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    found = read_clip(Clip(tmp_path / "cut.mp4"), Size(8, 32, 48), fps=None)
+    np.testing.assert_array_equal(found, read_clip(Clip(tmp_path / "a.mp4"), Size(8, 32, 48), fps=None))
+    rejected("damaged video", "cut.mp4", clip=tmp_path / "cut.mp4", size=Size(20, 32, 48))
+    rejected("damaged video", "cut.mp4", clip=tmp_path / "cut.mp4", size=Size(7, 32, 48), fps=8)
+
+
+def test_a_truncated_file_whose_index_is_lost(tmp_path):
+    write(tmp_path / "a.mp4", noisy())
+    whole = (tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    rejected("unreadable video", "cut.mp4 is damaged or not a video", clip=tmp_path / "cut.mp4")
+
+
+def test_damage_in_the_middle_is_not_shown(tmp_path):
+    write(tmp_path / "a.mp4", noisy(), flags={"movflags": "faststart"}, options={"bf": "0"}, gop=4)
+    whole = bytearray((tmp_path / "a.mp4").read_bytes())
+    middle = len(whole) // 2
+    whole[middle : middle + 2000] = bytes(2000)
+    (tmp_path / "bad.mp4").write_bytes(whole)
+    good = read_clip(Clip(tmp_path / "a.mp4"), Size(8, 32, 48), fps=None)
+    np.testing.assert_array_equal(read_clip(Clip(tmp_path / "bad.mp4"), Size(8, 32, 48), fps=None), good)
+    rejected("damaged video", "bad.mp4", clip=tmp_path / "bad.mp4", size=Size(24, 32, 48))
+
+
+def test_random_damage_never_escapes(tmp_path):
+    """Whatever bytes are wrong: frames of the right shape, or Rejected in one line."""
+    write(tmp_path / "a.mp4", noisy(6), flags={"movflags": "faststart"})
+    write(tmp_path / "a.webm", noisy(6), codec="libvpx-vp9", options={"cpu-used": "8"})
+    rng = np.random.default_rng(0)
+    outcomes = set()
+    for trial in range(120):
+        name = ("a.mp4", "a.webm")[trial % 2]
+        content = bytearray((tmp_path / name).read_bytes())
+        for place in rng.integers(0, len(content) if trial % 3 else 1200, 1 + trial % 5):
+            content[place] = rng.integers(256)
+        (tmp_path / f"b{name}").write_bytes(content)
+        for read in (
+            lambda clip: read_clip(clip, Size(3, 16, 24), fps=None).shape,
+            lambda clip: read_clip(clip, Size(3, 16, 24), fps=24).shape,
+            probe,
+            lambda clip: read_picture(Frame(clip.path, 2), height=16, width=24).shape,
+        ):
+            try:
+                found = read(Clip(tmp_path / f"b{name}"))
+                assert not isinstance(found, tuple) or found[-1] == 3
+            except Rejected as error:
+                assert "\n" not in str(error)
+                outcomes.add(error.reason)
+    assert {"unreadable video", "damaged video"} <= outcomes
+
+
+def test_high_dynamic_range_is_refused(tmp_path):
+    quiet = {"x265-params": "log-level=none"}
+    write(tmp_path / "a.mp4", numbered(4), codec="libx265", pix_fmt="yuv420p10le", options=quiet, color_trc=16)
+    rejected("high dynamic range", "a.mp4 is HDR (PQ); convert it to BT.709", clip=tmp_path / "a.mp4")
+
+
+def test_a_slide_show_is_no_clip(tmp_path):
+    write(tmp_path / "a.mp4", numbered(10), fps=2)
+    rejected("frame rate too low", "16 frames at 16 fps show 3 different ones", clip=tmp_path / "a.mp4",
+             size=Size(16, 32, 48), fps=16)  # fmt: skip
+
+
+def test_proportions_that_crop_most_away(tmp_path):
+    write(tmp_path / "a.mp4", numbered(4, height=16, width=400))
+    rejected("proportions too odd", "400x16; cropping to 48x32", clip=tmp_path / "a.mp4")
+
+
+def test_frames_of_absurd_size(tmp_path, monkeypatch):
+    from PIL import Image
+
+    write(tmp_path / "a.mp4", numbered(2))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    rejected("frames too large", "48x32 pixels, more than 1000", clip=tmp_path / "a.mp4")
