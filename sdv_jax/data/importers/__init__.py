@@ -12,6 +12,8 @@ __all__ = ["FORMATS", "Clip", "Frame", "Importer", "Item", "Picture", "Rejected"
 
 FORMATS = ("subjects200k", "pexels", "folder", "text_lists", "metadata", "opens2v")  # each a module beside this one
 
+_KINDS = {tuple: "a list of texts", bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
 
 def open_source(format: str, path: str | Path, **options) -> Importer:
     """The items of the set at `path`, which is laid out as `format`.
@@ -43,8 +45,7 @@ def _converted(value, default, name: str):
         return str(value)
     elif type(value) is type(default):
         return value
-    kind = "a list of texts" if isinstance(default, tuple) else f"a {type(default).__name__}"
-    raise UserError(f"option {name} is {value!r}; expected {kind}, as {default!r}")
+    raise UserError(f"option {name} is {value!r}; expected {_KINDS[type(default)]}, as {default!r}")
 
 
 def _near(name: str, known) -> str:

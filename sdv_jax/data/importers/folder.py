@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdv_jax.data.importers.item import Item, Picture, Rejected
+from sdv_jax.data.importers.item import Item, Picture, Rejected, plain
 from sdv_jax.data.importers.reading import (
     check_folder,
     checked,
@@ -65,7 +65,7 @@ class Importer:
         return len(self._files)
 
     def key(self, index: int) -> str:
-        return Path(self._files[index]).as_posix()
+        return plain(Path(self._files[index]).as_posix())
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):

@@ -12,6 +12,7 @@ from typing import Protocol
 from sdv_jax.data.importers.masks import Mask
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
+_LONGEST_DETAIL = 500  # characters
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,21 @@ class Rejected(Exception):
 
     Attributes:
       reason: a few fixed words to count by, as "no caption".
-      detail: one line: which file and what exactly.
+      detail: one line: which file and what exactly. Whatever a file is called, it can be written as UTF-8.
     """
 
     def __init__(self, reason: str, detail: str):
+        detail = plain(" ".join(detail.split()))[:_LONGEST_DETAIL]
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
+
+
+def plain(text: str) -> str:
+    """`text`, with what UTF-8 cannot write (from names of files, or escapes in JSON) in backslashes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Importer(Protocol):

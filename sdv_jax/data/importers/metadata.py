@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdv_jax.data.importers.item import Item, Picture, Rejected
+from sdv_jax.data.importers.item import Item, Picture, Rejected, plain
 from sdv_jax.data.importers.reading import (
     caption,
     check_folder,
@@ -74,7 +74,7 @@ class Importer:
         row = self._rows[index]
         if not isinstance(row, Mapping) or not _text(row.get(self._target)):
             return f"row/{index + 1}"
-        return " + ".join([_text(row[self._target]), *map(str, _names(row.get(self._reference)))])
+        return plain(" + ".join([_text(row[self._target]), *map(str, _names(row.get(self._reference)))]))
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):

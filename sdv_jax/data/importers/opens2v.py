@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sdv_jax.data.importers.item import Clip, Frame, Item, Rejected
+from sdv_jax.data.importers.item import Clip, Frame, Item, Rejected, plain
 from sdv_jax.data.importers.json_records import JsonRecords
 from sdv_jax.data.importers.masks import Mask
 from sdv_jax.data.importers.reading import caption, checked, file_inside, read_json, repeated
@@ -90,12 +90,12 @@ class Importer:
                 provenance={"set": "OpenS2V-5M", "file": str(metadata["path"]), "record": key},
             )  # fmt: skip
         except _MALFORMED as error:
-            raise Rejected("damaged record", f"{key}: {error!r}"[:300]) from error
+            raise Rejected("damaged record", f"{key}: {error!r}") from error
         return checked(item)
 
     def _key(self, place: tuple[int, int]) -> str:
         part = self._parts[place[0]]
-        return f"{part.path.stem}/{part.keys[place[1]]}"
+        return plain(f"{part.path.stem}/{part.keys[place[1]]}")
 
     def _video(self, place: tuple[int, int], metadata: dict) -> Path:
         part, name = self._parts[place[0]].path.stem, metadata["path"]

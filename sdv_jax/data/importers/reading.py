@@ -3,9 +3,10 @@
 import json
 import os
 from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from sdv_jax.data.importers.item import Clip, Item, Picture, Rejected
+from sdv_jax.data.importers.item import Clip, Item, Picture, Rejected, plain
 from sdv_jax.errors import UserError
 
 VIDEO_SUFFIXES = (
@@ -126,13 +127,10 @@ def repeated(keys: Iterable[Hashable]) -> frozenset[int]:
 
 def checked(item: Item) -> Item:
     """`item`, whose texts can be written as UTF-8: names of files and escapes in JSON need not be."""
-    texts = {"key": item.key, "caption": item.caption, **item.provenance}
-    for name, text in texts.items():
-        try:
-            str(text).encode()
-        except UnicodeEncodeError as error:
-            raise Rejected("text is not UTF-8", f"{name} {ascii(text)[:100]}") from error
-    return item
+    if plain(item.caption) != item.caption:
+        raise Rejected("caption is not UTF-8", f"{item.key}: {item.caption[:100]}")
+    provenance = {name: plain(value) if isinstance(value, str) else value for name, value in item.provenance.items()}
+    return replace(item, provenance=provenance)
 
 
 def first_of(row: Mapping, names: Iterable[str]) -> str | None:

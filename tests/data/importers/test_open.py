@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from sdv_jax.data.importers import FORMATS, open_source
+from sdv_jax.data.importers import FORMATS, Rejected, open_source
 from sdv_jax.data.importers.reading import read_lines, repeated
 from sdv_jax.errors import UserError
 from tests.data.importers.sets import parquet, refused, rejected, subject_row, video
@@ -12,11 +12,14 @@ from tests.data.importers.test_opens2v import write_part
 
 
 def test_formats_and_options(tmp_path):
-    refused("unknown data format 'metdata' (did you mean metadata?); choose one of: subjects200k, ", "metdata", tmp_path)
-    refused("data format folder has no option 'kinds' (did you mean kind?); it has: kind, ", "folder", tmp_path, kinds=1)
-    refused("option kind is 3; expected a str, as 'all'", "folder", tmp_path, kind=3)
-    refused("option subjects is 1; expected a bool, as False", "folder", tmp_path, subjects=1)
-    refused("option minimum_score is 4.5; expected a int, as 5", "subjects200k", tmp_path, minimum_score=4.5)
+    refused("unknown data format 'metdata' (did you mean metadata?); choose one of: subjects200k, pexels, folder, "
+            "text_lists, metadata, opens2v", "metdata", tmp_path)  # fmt: skip
+    refused("data format folder has no option 'kinds' (did you mean kind?); it has: kind, subjects, references",
+            "folder", tmp_path, kinds=1)  # fmt: skip
+    refused("option kind is 3; expected a text, as 'all'", "folder", tmp_path, kind=3)
+    refused("option subjects is 1; expected True or False, as False", "folder", tmp_path, subjects=1)
+    refused("option minimum_score is 4.5; expected a whole number, as 5", "subjects200k", tmp_path, minimum_score=4.5)
+    refused("option minimum_duration is '4'; expected a number, as 0.0", "pexels", tmp_path, minimum_duration="4")
     refused("option collections is 'collection_2'; expected a list of texts", "subjects200k", tmp_path,
             collections="collection_2")  # fmt: skip
 
@@ -26,8 +29,10 @@ def sets(tmp_path):
     """A usable set of every format: its path."""
     parquet(tmp_path / "subjects/data/train-0.parquet", [subject_row(), subject_row()])
     address = "https://videos.pexels.com/video-files/{0}/{0}-hd.mp4"
-    rows = [{"thumbnail": "", "title": "Sea", "video": address.format(n), "duration": 9, "view_count": 1} for n in (1, 2)]
-    parquet(tmp_path / "pexels/pexels.parquet", rows)
+    parquet(
+        tmp_path / "pexels/pexels.parquet",
+        [{"title": "Sea", "video": address.format(n), "duration": 9, "view_count": 1} for n in (1, 2)],
+    )
     for n in (1, 2):
         for name in (f"pexels/videos/{n}.mp4", f"folder/{n}.mp4", f"lists/{n}.mp4", f"metadata/{n}.mp4"):
             video(tmp_path / name)
@@ -70,7 +75,17 @@ def test_file_names_that_are_not_text(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     video(tmp_path / "a.mp4").rename(tmp_path / f"{name}.mp4")
     (tmp_path / f"{name}.txt").write_text("Sea")
-    rejected(open_source("folder", tmp_path), 0, "text is not UTF-8", "key 'caf\\udce9.mp4'")
+    importer = open_source("folder", tmp_path)
+    assert importer[0].key == importer[0].provenance["file"] == "caf\\udce9.mp4"
+    assert importer[0].target.path.is_file()
+    (tmp_path / f"{name}.txt").unlink()
+    rejected(importer, 0, "no caption", "caf\\udce9.txt does not exist")
+
+
+def test_a_detail_is_one_line_that_can_be_written():
+    rejected = Rejected("no caption", "a name\nwith lines \ud800 " + "x" * 9999)
+    assert rejected.detail.encode().startswith(b"a name with lines \\ud800 x") and len(rejected.detail) == 500
+    assert str(pickle.loads(pickle.dumps(rejected))) == str(rejected) == f"no caption: {rejected.detail}"
 
 
 def test_only_newlines_end_a_line(tmp_path):

@@ -26,7 +26,8 @@ def region(left, top, right, bottom):
 def record(name, *, subjects=None, **metadata):
     """`subjects`: class name -> mask, of the cropped frame."""
     subjects = subjects or {"cup": region(10, 6, 26, 24), "table": region(0, 20, 40, 28)}
-    bounds = [(c.min() - 0.4, r.min() - 0.4, c.max() + 0.4, r.max() + 0.4) for r, c in map(np.nonzero, subjects.values())]
+    places = [np.nonzero(mask) for mask in subjects.values()]
+    bounds = [(c.min() - 0.4, r.min() - 0.4, c.max() + 0.4, r.max() + 0.4) for r, c in places]
     return {
         "metadata": {
             "path": f"{name}.mp4", "face_cut": [1, 5], "crop": list(CROP), "fps": 24.0, "num_frames": 4,
@@ -68,7 +69,8 @@ def folder(tmp_path):
 
 def change(folder, **changes):
     """The set with another record in front; `changes` are applied to it as paths, a__b=value."""
-    content = {"id_odd": record("one"), **json.loads((folder / "part1.json").read_text())}
+    others = json.loads((folder / "part1.json").read_text())
+    content = {"id_odd": None} | others | {"id_odd": record("one")}
     for path, value in changes.items():
         *parents, last = path.split("__")
         place = content["id_odd"]
