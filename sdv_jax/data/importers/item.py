@@ -7,7 +7,7 @@ An importer (one file per layout beside this one) knows where these things lie a
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from sdv_jax.data.importers.masks import Mask
 
@@ -83,6 +83,7 @@ def plain(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+@runtime_checkable
 class Importer(Protocol):
     """Random access to the items of one set: picklable, cheap to make, in an order that depends on the set only.
 
