@@ -21,16 +21,18 @@ def numbers(frames):
 
 
 def write(
-    path, frames, *, fps=24, times=None, codec="libx264", pix_fmt="yuv420p", rotation=None, aspect=None, gop=12,
-    options=None, container=None, flags=None, **tags,
+    path, frames, *, fps=24, times=None, codec="libx264", pix_fmt="yuv420p", rotation=None, matrix=None, aspect=None,
+    gop=12, options=None, container=None, flags=None, **tags,
 ):  # fmt: skip
-    """`times` are milliseconds; `rotation` degrees; `tags` attributes of the codec context, as color_trc."""
+    """`times` are milliseconds, `rotation` degrees, `matrix` a display matrix, `tags` of the codec (color_trc)."""
     with av.open(str(path), "w", format=container, options=flags or {}) as file:
         stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=options or {})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
         stream.codec_context.gop_size = gop
         if rotation is not None:
             stream.set_display_rotation(rotation)
+        if matrix is not None:
+            stream.set_display_matrix(matrix)
         if aspect is not None:
             stream.codec_context.sample_aspect_ratio = aspect
         if times is not None:

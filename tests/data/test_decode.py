@@ -1,8 +1,16 @@
 """Decoding: which frames come out, in which size, and what a damaged or odd file becomes."""
 
+import gc
+import weakref
+from fractions import Fraction
+
+import av
 import numpy as np
 import pytest
+from av.video.reformatter import Colorspace
+from PIL import Image
 
+from sdv_jax.data import streams
 from sdv_jax.data.decode import Size, probe, read_clip, read_picture
 from sdv_jax.data.importers.item import Clip, Frame, Rejected
 from tests.data.clips import numbered, numbers, write, write_sound
@@ -79,8 +87,6 @@ def test_a_part_is_entered_at_its_first_frame(tmp_path, suffix, codec, pix_fmt):
 
 
 def test_entering_late_does_not_decode_from_the_beginning(tmp_path, monkeypatch):
-    from sdv_jax.data import streams
-
     write(tmp_path / "a.mp4", numbered(50), gop=10)
     decoded, original = [], streams._shown
     monkeypatch.setattr(streams, "_shown", lambda *a, **k: decoded.append(0) or original(*a, **k))
@@ -90,11 +96,6 @@ def test_entering_late_does_not_decode_from_the_beginning(tmp_path, monkeypatch)
 
 def test_a_long_file_is_not_held_in_memory(tmp_path, monkeypatch):
     """Frames are let go of as they pass: at any time only a handful are alive."""
-    import gc
-    import weakref
-
-    from sdv_jax.data import streams
-
     write(tmp_path / "a.mp4", numbered(120), fps=24)
     alive, most, original = weakref.WeakSet(), [0], streams._shown
 
@@ -192,6 +193,27 @@ def test_rotation_marks(tmp_path, degrees):
     assert np.abs(a.astype(int) - b).mean() < 2
 
 
+@pytest.mark.parametrize("turn", range(8))
+def test_display_matrices(tmp_path, turn):
+    """All turns and mirrorings: where the matrix sends the stored corners is where they are shown."""
+    matrices = [(1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1),
+                (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, 1, 0), (0, -1, -1, 0)]  # fmt: skip
+    a, b, c, d = matrices[turn]
+    stored = marked()
+    rows, columns = np.mgrid[0:48, 0:64]
+    x, y = a * columns + c * rows, b * columns + d * rows
+    x, y = x - x.min(), y - y.min()
+    upright = np.zeros((y.max() + 1, x.max() + 1, 3), np.uint8)
+    upright[y, x] = stored
+    one = 1 << 16
+    matrix = (a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+    write(tmp_path / "a.mp4", np.stack([stored] * 3), matrix=matrix, options={"crf": "4"}, pix_fmt="yuv444p")
+    height, width = upright.shape[:2]
+    found = read_clip(Clip(tmp_path / "a.mp4"), Size(3, height, width), fps=None)[0]
+    assert np.abs(found.astype(int) - upright).mean() < 2
+    assert (probe(Clip(tmp_path / "a.mp4")).height, probe(Clip(tmp_path / "a.mp4")).width) == (height, width)
+
+
 def test_a_box_counts_in_the_upright_picture(tmp_path):
     upright = marked()
     write(tmp_path / "a.mp4", np.stack([np.rot90(upright, -1)] * 3), rotation=90, options={"crf": "4"})
@@ -207,12 +229,8 @@ def test_a_box_counts_in_the_upright_picture(tmp_path):
 
 @pytest.mark.parametrize("aspect", ["4/3", "1/2"])
 def test_pixels_that_are_not_square(tmp_path, aspect):
-    from fractions import Fraction
-
     ratio = Fraction(aspect)
     shown = disc(96, round(96 * ratio), radius=24)
-    from PIL import Image
-
     stored = np.asarray(Image.fromarray(shown).resize((96, 96)))
     write(tmp_path / "a.mp4", np.stack([stored] * 3), aspect=ratio, options={"crf": "4"})
     found = probe(Clip(tmp_path / "a.mp4"))
@@ -244,6 +262,21 @@ def test_ten_bits_and_many_colours(tmp_path):
         else:
             assert np.abs(found[20, 10].astype(int) - (200, 60, 30)).max() < 6, name
             assert np.abs(found[20, 80].astype(int) - (30, 90, 220)).max() < 6, name
+
+
+@pytest.mark.parametrize(("height", "matrix"), [(720, Colorspace.ITU709), (480, Colorspace.ITU601)])
+def test_colours_of_untagged_video(tmp_path, height, matrix):
+    pixels = np.full((height, 64, 3), (200, 60, 30), np.uint8)
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=24)
+        stream.height, stream.width, stream.pix_fmt = height, 64, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+        file.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=matrix, dst_color_range=1)))
+        file.mux(stream.encode(None))
+    found = read_clip(Clip(tmp_path / "a.mp4"), Size(1, height, 64), fps=None)[0]
+    assert np.abs(found[height // 2, 32].astype(int) - (200, 60, 30)).max() <= 3
+    picture = read_picture(Frame(tmp_path / "a.mp4", 0), height=height, width=64)
+    assert np.abs(picture[height // 2, 32].astype(int) - (200, 60, 30)).max() <= 3
 
 
 def test_transparency_is_put_on_white(tmp_path):
@@ -389,8 +422,6 @@ def test_proportions_that_crop_most_away(tmp_path):
 
 
 def test_frames_of_absurd_size(tmp_path, monkeypatch):
-    from PIL import Image
-
     write(tmp_path / "a.mp4", numbered(2))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     rejected("frames too large", "48x32 pixels, more than 1000", clip=tmp_path / "a.mp4")

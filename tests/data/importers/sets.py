@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from sdv_jax.data.importers import Rejected, open_source
+from sdv_jax.errors import UserError
 from tests.data.clips import numbered, write
 
 
@@ -69,8 +70,6 @@ def rejected(importer, index, reason, words):
 
 
 def refused(message, format, path, **options):
-    from sdv_jax.errors import UserError
-
     with pytest.raises(UserError) as caught:
         open_source(format, path, **options)
     assert message in str(caught.value), str(caught.value)

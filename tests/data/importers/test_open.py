@@ -1,5 +1,6 @@
 """Opening a set: formats, options, and what all importers have in common."""
 
+import os
 import pickle
 
 import pytest
@@ -70,8 +71,6 @@ def test_a_folder_that_is_not_there(tmp_path, format):
 
 
 def test_file_names_that_are_not_text(tmp_path):
-    import os
-
     name = os.fsdecode(b"caf\xe9")
     video(tmp_path / "a.mp4").rename(tmp_path / f"{name}.mp4")
     (tmp_path / f"{name}.txt").write_text("Sea")
