@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 STEP = 4  # grey levels from a frame to the next, so that a number survives a lossy codec
 
@@ -49,11 +50,19 @@ def write(
     return path
 
 
-def write_sound(path):
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("aac", rate=16000)
+def write_sound(path, *, cover=None):
+    """Silence, with a picture as its cover if there is one."""
+    with av.open(str(path), "w", format="mp4") as file:
+        sound = file.add_stream("aac", rate=16000)
+        if cover is not None:
+            picture = file.add_stream("mjpeg", rate=1)
+            picture.height, picture.width, picture.pix_fmt = *cover.shape[:2], "yuvj420p"
+            picture.disposition = Disposition.attached_pic
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate = 16000
-        file.mux(stream.encode(frame))
-        file.mux(stream.encode(None))
+        file.mux(sound.encode(frame))
+        if cover is not None:
+            file.mux(picture.encode(av.VideoFrame.from_ndarray(cover, format="rgb24")))
+            file.mux(picture.encode(None))
+        file.mux(sound.encode(None))
     return path

@@ -76,13 +76,14 @@ def test_variable_rate_goes_by_time(tmp_path, suffix):
     ],
 )
 def test_a_part_is_entered_at_its_first_frame(tmp_path, suffix, codec, pix_fmt):
-    write(tmp_path / f"a.{suffix}", numbered(50), fps=25, codec=codec, pix_fmt=pix_fmt)
+    frames = numbered(50, height=64, width=96)
+    write(tmp_path / f"a.{suffix}", frames, fps=25, codec=codec, pix_fmt=pix_fmt)
     clip = Clip(tmp_path / f"a.{suffix}", start=17, end=30)
     assert numbers(read_clip(clip, Size(13, 32, 48), fps=None)) == list(range(17, 30))
     assert numbers(read_clip(clip, Size(4, 32, 48), fps=25 / 3)) == [17, 20, 23, 26]
     assert numbers([read_picture(Frame(clip.path, 33), height=32, width=48)]) == [33]
     found = probe(clip)
-    assert (found.frames, found.height, found.width) == (13, 32, 48)
+    assert (found.frames, found.height, found.width) == (13, 64, 96)
     assert (found.fps, found.duration) == (pytest.approx(25), pytest.approx(13 / 25))
 
 
@@ -241,6 +242,11 @@ def test_pixels_that_are_not_square(tmp_path, aspect):
     ):
         tall, wide, _, _ = extent(pixels)
         assert abs(tall - wide) <= 2 and abs(tall - 48) <= 2
+    turned = np.stack([np.rot90(stored)] * 3)
+    write(tmp_path / "b.mp4", turned, aspect=1 / ratio, rotation=-90, options={"crf": "4"})
+    assert probe(Clip(tmp_path / "b.mp4")) == found
+    tall, wide, _, _ = extent(read_clip(Clip(tmp_path / "b.mp4"), Size(3, 96, found.width), fps=None)[0])
+    assert abs(tall - wide) <= 2 and abs(tall - 48) <= 2
 
 
 def test_ten_bits_and_many_colours(tmp_path):
@@ -308,6 +314,11 @@ def test_files_that_are_no_videos(tmp_path):
     (tmp_path / "text.mp4").write_text("not a video")
     rejected("unreadable video", "text.mp4 is damaged or not a video", clip=tmp_path / "text.mp4")
     rejected("no picture stream", "sound.mp4 holds no moving", clip=write_sound(tmp_path / "sound.mp4"))
+    cover = write_sound(tmp_path / "cover.m4a", cover=numbered(1)[0])
+    rejected("no picture stream", "cover.m4a holds no moving", clip=cover, size=Size(1, 32, 48))
+    Image.fromarray(numbered(1)[0]).save(tmp_path / "picture.jpg")
+    (tmp_path / "picture.jpg").rename(tmp_path / "picture.mp4")
+    rejected("unreadable video", "picture.mp4 is damaged or not", clip=tmp_path / "picture.mp4", size=Size(1, 32, 48))
     write(tmp_path / "a.mp4", numbered(4))
     (tmp_path / "a.mp4").chmod(0)
     with pytest.MonkeyPatch.context() as patch:
@@ -315,7 +326,9 @@ def test_files_that_are_no_videos(tmp_path):
         rejected("no permission", "cannot be read", clip=tmp_path / "a.mp4")
 
 
-@pytest.mark.parametrize("content", ["#EXTM3U\n#EXTINF:1,\n{0}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile {0}\n"])
+@pytest.mark.parametrize(
+    "content", ["#EXTM3U\n#EXTINF:1,\n{0}\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile a.mp4\n"]
+)
 def test_files_that_only_name_other_files(tmp_path, content):
     """A playlist could lead out of the folder, or to an address."""
     write(tmp_path / "a.mp4", numbered(4))
@@ -376,6 +389,32 @@ def test_damage_in_the_middle_is_not_shown(tmp_path):
     good = read_clip(Clip(tmp_path / "a.mp4"), Size(8, 32, 48), fps=None)
     np.testing.assert_array_equal(read_clip(Clip(tmp_path / "bad.mp4"), Size(8, 32, 48), fps=None), good)
     rejected("damaged video", "bad.mp4", clip=tmp_path / "bad.mp4", size=Size(24, 32, 48))
+
+
+def test_concealed_damage_is_not_shown(tmp_path):
+    """One wrong byte within a frame: the decoder paints something over it, says so, and raises nothing."""
+    write(tmp_path / "a.mp4", noisy(), flags={"movflags": "faststart"}, options={"bf": "0"})
+    whole, concealed = (tmp_path / "a.mp4").read_bytes(), 0
+    for place in range(len(whole) // 3, len(whole) - 100, len(whole) // 30):
+        content = bytearray(whole)
+        content[place] ^= 0x55
+        (tmp_path / "bad.mp4").write_bytes(content)
+        with av.open(str(tmp_path / "bad.mp4")) as file:
+            marks = [frame.is_corrupt for frame in file.decode(video=0)]
+        if any(marks):
+            concealed += 1
+            rejected("damaged video", "bad.mp4 is damaged at", clip=tmp_path / "bad.mp4", size=Size(24, 32, 48))
+            if marks[0]:
+                continue
+            assert len(read_clip(Clip(tmp_path / "bad.mp4"), Size(marks.index(True), 32, 48), fps=None))
+    assert concealed > 3
+
+
+def test_time_that_runs_backwards(tmp_path):
+    write(tmp_path / "a.ts", numbered(12))
+    (tmp_path / "b.ts").write_bytes((tmp_path / "a.ts").read_bytes() * 2)
+    assert len(read_clip(Clip(tmp_path / "b.ts"), Size(10, 32, 48), fps=None)) == 10
+    rejected("damaged video", "b.ts: time runs backwards after", clip=tmp_path / "b.ts", size=Size(20, 32, 48))
 
 
 def test_random_damage_never_escapes(tmp_path):
