@@ -6,11 +6,13 @@ import re
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from sdv_jax.data.importers.item import Rejected
 from sdv_jax.errors import UserError
 
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
+_SILENT = 1 << 28  # bytes that are scanned in a few seconds
 
 
 class JsonRecords:
@@ -20,8 +22,12 @@ class JsonRecords:
         """Raises UserError: no file, not an object of objects, or one that breaks off."""
         self.path = path
         try:
-            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                self.keys, self._spans = _scan(content)
+            with (
+                open(path, "rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+                tqdm(total=len(content), desc=path.name, unit="B", unit_scale=True, disable=len(content) < _SILENT) as bar,
+            ):
+                self.keys, self._spans = _scan(content, bar)
         except OSError as error:
             raise UserError(f"{what} {path} cannot be read: {error.strerror}; check the path") from error
         except ValueError as error:
@@ -41,7 +47,7 @@ class JsonRecords:
             raise Rejected("damaged record", f"{self.path}, {self.keys[index]}: not JSON") from error
 
 
-def _scan(content: mmap.mmap) -> tuple[list[str], np.ndarray]:
+def _scan(content: mmap.mmap, bar: tqdm) -> tuple[list[str], np.ndarray]:
     """Keys, and first and last byte of each record. Raises ValueError."""
     keys, spans, depth, start, key = [], [], 0, 0, None
     for token in _TOKENS.finditer(content):
@@ -57,6 +63,7 @@ def _scan(content: mmap.mmap) -> tuple[list[str], np.ndarray]:
             if depth == 1 and key is not None:
                 keys.append(key)
                 spans.append((start, token.end()))
+                bar.update(token.end() - bar.n)
                 key = None
         elif depth == 1:
             key = json.loads(text)
