@@ -12,7 +12,6 @@ from sdv_jax.data.importers.item import Rejected
 from sdv_jax.errors import UserError
 
 _TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
-_SILENT = 1 << 28  # bytes that are scanned in a few seconds
 
 
 class JsonRecords:
@@ -25,7 +24,7 @@ class JsonRecords:
             with (
                 open(path, "rb") as file,
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-                tqdm(total=len(content), desc=path.name, unit="B", unit_scale=True, disable=len(content) < _SILENT) as bar,
+                tqdm(total=len(content), desc=path.name, unit="B", unit_scale=True, delay=3) as bar,
             ):
                 self.keys, self._spans = _scan(content, bar)
         except OSError as error:
