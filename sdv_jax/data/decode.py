@@ -122,6 +122,14 @@ def read_picture(
     Raises:
       Rejected: a file that cannot be read, a frame that the video does not have, an empty box or mask.
     """
+    return read_crops(picture, 1, height=height, width=width, jitter=jitter, rng=rng)[0]
+
+
+def read_crops(
+    picture: Picture | Frame, count: int, *, height: int, width: int, jitter: float = 0.0,
+    rng: np.random.Generator | None = None,
+) -> UInt8[np.ndarray, "count h w 3"]:  # fmt: skip
+    """What `count` calls of `read_picture` give, of a picture that is decoded once."""
     if not 0 <= jitter < 1 or (jitter and rng is None):
         raise ValueError(f"jitter is {jitter} with rng {rng}; expected a share in [0, 1), and a generator with it")
     pixels, aspect = _frame_pixels(picture) if isinstance(picture, Frame) else (_picture_pixels(picture), 1.0)
@@ -138,8 +146,8 @@ def read_picture(
         image = image.resize((max(1, round(image.width * aspect)), image.height), Image.Resampling.BICUBIC)
     if picture.mask is not None:
         image = _padded(image, width / height)
-    window = _window(image.size, width / height, jitter, rng)
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=window))
+    windows = [_window(image.size, width / height, jitter, rng) for _ in range(count)]
+    return np.stack([image.resize((width, height), Image.Resampling.BICUBIC, box=window) for window in windows])
 
 
 class _UntilDamage:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdv_jax.data.decode import read_picture
+from sdv_jax.data.decode import read_crops, read_picture
 from sdv_jax.data.importers.item import Frame, Picture, Rejected
 from sdv_jax.data.importers.masks import Mask
 from tests.data.clips import write
@@ -226,3 +226,12 @@ def test_damaged_masks(counts, reason, words):
 def test_a_mask_of_another_size():
     rejected("mask does not fit", "has 64x48 pixels, its mask 65x48",
              Picture(encoded(marked()), mask=Mask(48, 65, (0, 48 * 65))))  # fmt: skip
+
+
+def test_crops_of_one_decoding_are_those_of_many(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 64, 3)).astype(np.uint8)).save(path)
+    how = dict(height=16, width=24, jitter=0.3)
+    one, other = np.random.default_rng(3), np.random.default_rng(3)
+    together = read_crops(Picture(path), 4, **how, rng=one)
+    np.testing.assert_array_equal(together, np.stack([read_picture(Picture(path), **how, rng=other) for _ in range(4)]))
