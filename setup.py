@@ -31,8 +31,9 @@ setup(
         "transformers>=5.0,<6",  # only its tokenizer; transformers brings no torch
         "sentencepiece>=0.2",  # tokenizers published as spiece.model
         "ftfy>=6.3",  # cleans prompts as Wan's were
-        "av>=14.0",
+        "av>=17.0",
         "pillow>=11.0",
+        "pyarrow>=18.0",  # parquet files of published data sets
         "tqdm>=4.66",
         "tensorboardX>=2.6",
         "matplotlib>=3.9",

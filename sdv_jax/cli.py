@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
             parser.error(f"unknown command {arguments[0]!r}, choose one of: {', '.join(_COMMANDS)}")
         options, options.overrides = parser.parse_known_args(arguments)
-        if options.overrides and options.run is not _train:
+        if options.overrides and options.run not in (_prepare, _train):
             options.parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
         return options.run(options) or 0
     except UserError as error:
@@ -240,7 +240,27 @@ def _sample(options: argparse.Namespace) -> None:
     print(f"{out}  {amount} of {width}x{height}, contact sheet {sheet}")
 
 
-# MARK: train, demo
+# MARK: prepare, train, demo
+
+
+def _prepare_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", required=True, metavar="FILE", help="a Python file such as configs/prepare_folder.py"
+    )
+    command.add_argument(
+        "--process", metavar="I/N", help="which of N processes this is, from 0 (default: as SLURM or JAX say, else 0/1)"
+    )
+    command.epilog = (
+        "--config.SECTION.KEY=VALUE sets a key of the config, for example --config.output.path=data/my_clips. The same "
+        "command goes on where it was interrupted."
+    )
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from sdv_jax.data import prepare, settings
+
+    config = settings.load(options.config, options.overrides)
+    print(prepare.tell(prepare.prepare(config, process=prepare.this_process(options.process)), config))
 
 
 def _train_arguments(command: argparse.ArgumentParser) -> None:
@@ -298,6 +318,7 @@ _COMMANDS = {
         "Back to a diffusers pipeline folder, or an adapter to a file for other tools.",
     ),
     "sample": (_sample_arguments, _sample, "A prompt, and pictures of a subject, to a video."),
+    "prepare": (_prepare_arguments, _prepare, "Videos or pictures with captions to what training reads."),
     "train": (_train_arguments, _train, "Train an adapter, or a model, as a config file says."),
     "demo": (_demo_arguments, _demo, "The whole path on the small world: train, sample, score."),
 }

@@ -1,5 +1,6 @@
 """The files that the rows of docs/errors.md name, and what it takes to run a row."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -12,10 +13,11 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from sdv_jax.data import latents
+from sdv_jax.data import latents, prepare, settings
 from sdv_jax.models.contract import LatentScale
 from sdv_jax.train import config as configs
 from tests import tiny_wan
+from tests.data import clips
 from tests.tiny_pipeline import save_pipeline
 from tests.train import tiny
 
@@ -44,6 +46,7 @@ def make_files(folder: pathlib.Path) -> None:
     _adapters(folder)
     _data(folder)
     _runs(folder)
+    _preparations(folder)
 
 
 def _pictures(folder: pathlib.Path) -> None:
@@ -168,6 +171,27 @@ def _runs(folder: pathlib.Path) -> None:
     (folder / "started" / "config.json").write_text(configs.load(folder / "tiny.py").json())
 
 
+def _preparations(folder: pathlib.Path) -> None:
+    """A folder of one clip, and one that is being made of it."""
+    shutil.copy(ROOT / "configs" / "prepare.py", folder / "prepare.py")
+    (folder / "videos.py").write_text(_PREPARATION)
+    (folder / "videos").mkdir()
+    clips.write(folder / "videos" / "a.mp4", clips.numbered(9), fps=8)
+    (folder / "videos" / "a.txt").write_text("a red ball")
+    with contextlib.chdir(folder):
+        prepare._open(settings.load("videos.py", {"output.path": "begun"}))
+
+
+_PREPARATION = """
+from configs import prepare
+
+def get_config():
+    config = prepare.get_config()
+    config.model.path, config.output.path = "model", "made"
+    config.source.format, config.source.path = "folder", "videos"
+    config.samples.buckets, config.samples.fps = ("9x16x24",), 8.0
+    return config
+"""
 _CONFIG = """
 from configs import base
 

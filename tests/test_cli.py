@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy():
         "try:\n    cli.main([{}'--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "heavy = {{'jax', 'numpy', 'torch', 'transformers', 'av', 'PIL'}} & set(sys.modules)\nassert not heavy, heavy"
     )
-    for command in ["", *(f"{name!r}, " for name in ("convert", "export", "sample", "train", "demo"))]:
+    for command in ["", *(f"{name!r}, " for name in ("convert", "export", "sample", "prepare", "train", "demo"))]:
         done = subprocess.run([sys.executable, "-c", code.format(command)], check=True, capture_output=True, text=True)
         assert done.stdout.startswith("usage: sdv")
 
@@ -118,13 +118,15 @@ def test_a_stopped_training_says_so_and_how_to_go_on(here, monkeypatch, capsys, 
     assert capsys.readouterr().err == "sdv: stopped at step 3 of 7; the same command resumes\n"
 
 
-@pytest.mark.parametrize("name", ["train", "sample"])
-def test_launchers_run_from_a_checkout_that_is_not_installed(here, name):
+@pytest.mark.parametrize(
+    ("name", "option"), [("train", "--workdir"), ("sample", "--reference"), ("prepare", "--process")]
+)
+def test_launchers_run_from_a_checkout_that_is_not_installed(here, name, option):
     command = [sys.executable, str(ROOT / "launch" / f"{name}.py"), "--help"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "ModuleNotFoundError" not in done.stderr
-    assert ("--workdir" if name == "train" else "--reference") in done.stdout
+    assert option in done.stdout
 
 
 def test_demo_runs_in_its_workdir(here, monkeypatch):

@@ -8,6 +8,7 @@ What is accepted, and what becomes of it:
 - transparency is composited on white, the background of most product pictures.
 """
 
+import io
 import os
 import pathlib
 import warnings
@@ -26,7 +27,8 @@ def read_image(source, *, name: str = "reference image") -> UInt8[np.ndarray, "h
     """One picture as uint8 RGB.
 
     Args:
-      source: a path, a Pillow image, or an array [h,w], [h,w,1], [h,w,3] or [h,w,4], uint8 or float in [0, 1].
+      source: a path, the bytes of such a file, a Pillow image, or an array [h,w], [h,w,1], [h,w,3] or [h,w,4], uint8
+        or float in [0, 1].
       name: how messages call it; a path is added.
 
     Raises:
@@ -36,6 +38,8 @@ def read_image(source, *, name: str = "reference image") -> UInt8[np.ndarray, "h
     if isinstance(source, (str, os.PathLike)):
         name = f"{name} {source}"
         pixels = _from_file(pathlib.Path(source), name)
+    elif isinstance(source, bytes):
+        pixels = _guarded(lambda: _decoded(io.BytesIO(source)), name)
     elif isinstance(source, Image.Image):
         pixels = _guarded(lambda: _to_rgb(source), name)
     elif isinstance(source, np.ndarray) or hasattr(source, "__array__"):
@@ -87,14 +91,14 @@ def _from_file(path: pathlib.Path, name: str) -> np.ndarray:
         raise UserError(f"{name} is a folder; give an image file")
     if path.stat().st_size == 0:
         raise UserError(f"{name} is an empty file; give an image file")
+    return _guarded(lambda: _decoded(path), name)
 
-    def read() -> np.ndarray:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return _to_rgb(image)
 
-    return _guarded(read, name)
+def _decoded(file: pathlib.Path | io.BytesIO) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(file) as image:
+            return _to_rgb(image)
 
 
 def _guarded(read, name: str) -> np.ndarray:

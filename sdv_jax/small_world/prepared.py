@@ -1,19 +1,16 @@
 """Small-world pools as prepared data: pixels through the VAE once, captions as token ids or embeddings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from sdv_jax.data.encoding import EncodeText, VideoEncoder
 from sdv_jax.data.latents import LatentDataset
 from sdv_jax.models.contract import LatentScale
 
-# Captions -> one array row each; called with [""] for the empty prompt too.
-EncodeText = Callable[[Sequence[str]], np.ndarray]
 _AT_ONCE = 128  # frames per call of the encoder, which bounds memory
 
 
@@ -21,14 +18,9 @@ def encode(
     vae: nnx.Module, video: UInt8[np.ndarray, "n t h w 3"], *, desc: str = "encoding"
 ) -> tuple[np.ndarray, np.ndarray]:
     """(mean, logvar) of every clip, each [n, t', h', w', c] float32, before scaling."""
-    graph, state = nnx.split(vae)
-    run = jax.jit(lambda state, pixels: nnx.merge(graph, state).encode(pixels.astype(jnp.float32) / 127.5 - 1))
-    size = max(1, _AT_ONCE // video.shape[1])
-    found = []
-    for start in tqdm(range(0, len(video), size), desc=desc, unit="batch"):
-        part = video[start : start + size]
-        padded = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])  # one shape, one compilation
-        found.append([np.asarray(moment)[: len(part)] for moment in run(state, padded)])
+    run, size = VideoEncoder(vae), max(1, _AT_ONCE // video.shape[1])
+    starts = tqdm(range(0, len(video), size), desc=desc, unit="batch")
+    found = [run(video[start : start + size], batch_size=size) for start in starts]
     mean, logvar = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return mean, logvar
 

@@ -3,7 +3,7 @@
 import dataclasses
 import reprlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +17,12 @@ from sdv_jax.checkpoints import model_folder
 from sdv_jax.checkpoints.families import families, rules_of
 from sdv_jax.checkpoints.model_folder import About
 from sdv_jax.data import latents
+from sdv_jax.data.encoding import TextEncoder
 from sdv_jax.data.latents import LatentDataset
 from sdv_jax.data.loading import Part
 from sdv_jax.diffusion import FlowSchedule, noise_schedule
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import LatentScale, Traits, check_defaults
-from sdv_jax.models.text.encode import encode
-from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.objectives.denoising import Denoiser, Objective
 from sdv_jax.sharding import Table
 from sdv_jax.small_world import pool, prepared
@@ -34,7 +33,6 @@ from sdv_jax.train.processes import is_writer, together
 
 SMALL_WORLD = "small_world"
 TRAINED = ("v_prediction", "flow_prediction")  # what a network may predict
-TEXTS_AT_ONCE = 256
 
 
 def datasets(config: Config, cache: Path) -> dict[str, LatentDataset]:
@@ -238,31 +236,10 @@ def _render(config: Config, name: str) -> LatentDataset:
         prepared.dataset,
         vae,
         model_folder.about(path).traits.latents,
-        encode_text=_text_reader(path, embed=not config.text.train_encoder),
+        encode_text=TextEncoder(path, embed=not config.text.train_encoder),
     )
     if name == "identity":
         pairs = pool.pair_pool(World(), options.seed, options.pairs)
         return encode(pairs.target[:, None], pairs.reference[:, None], pairs.captions)
     clips = pool.clip_pool(World(), options.seed, options.clips, marked=options.marked_clips)
     return encode(clips.video, clips.video, clips.captions)
-
-
-def _text_reader(path: str, *, embed: bool) -> prepared.EncodeText:
-    """Captions to embeddings, or to token ids where the text encoder is trained along."""
-    tokenizer, traits = Tokenizer(Path(path) / "tokenizer"), model_folder.about(path).traits
-    encoder = nnx.split(model_folder.load_component(path, "text_encoder")) if embed else None
-
-    def read(captions: Sequence[str]) -> np.ndarray:
-        ids, _ = tokenizer.tokenize([traits.clean_text(text) for text in captions], max_length=traits.text_length)
-        if encoder is None:
-            return ids
-        unique, rows = np.unique(ids, axis=0, return_inverse=True)
-        parts = np.array_split(unique, -(-len(unique) // TEXTS_AT_ONCE))
-        return np.concatenate([_embed(*encoder, part, traits.text_masked) for part in parts])[rows]
-
-    return read
-
-
-@partial(jax.jit, static_argnums=(0, 3))
-def _embed(graph, state, ids, masked):
-    return encode(nnx.merge(graph, state), ids, masked=masked)

@@ -6,7 +6,7 @@ import pytest
 from sdv_jax.errors import UserError
 from sdv_jax.train import config as configs
 
-FILES = sorted(path for path in pathlib.Path("configs").glob("*.py") if path.name != "__init__.py")
+FILES = sorted(path for path in pathlib.Path("configs").glob("*.py") if not path.name.startswith("prepare"))
 KEPT = {  # what other tools set
     "train.steps", "train.seed", "train.save_every", "train.log_every", "switch.motion_probability",
     "identity.batch_size", "identity.view_drop", "motion.batch_size", "motion.token_drop", "lora.rank", "lora.alpha",

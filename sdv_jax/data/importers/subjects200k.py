@@ -1,0 +1,138 @@
+"""Subjects200K: parquet rows that hold two views of a subject side by side in one picture (Yuanshi, apache-2.0)."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from sdv_jax.data.importers.item import Box, Item, Picture, Rejected
+from sdv_jax.data.importers.parquet import ParquetRows
+from sdv_jax.data.importers.reading import caption, checked
+from sdv_jax.errors import UserError
+
+SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
+_COLUMNS = ("image", "collection", "quality_assessment", "description")
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    Attributes:
+      minimum_score: rows with one of the three scores below it are left out; OminiControl's 5 is also the best.
+      collections: only rows of these, as ("collection_2",); () means all.
+      both_directions: every row twice, with either view as the target.
+      image_size, padding: of a view and of the margin around and between the two; 0 for the size means by the
+        picture's own.
+    """
+
+    minimum_score: int = 5
+    collections: tuple[str, ...] = ()
+    both_directions: bool = True
+    image_size: int = 0
+    padding: int = 8
+
+
+class Importer:
+    """Items 2r and 2r + 1 are the two directions of the r-th chosen row: left from right, then right from left.
+
+    Rows whose scores are null are rejected, rows whose scores are low are not there.
+    """
+
+    def __init__(self, path: Path, options: Options):
+        self._options = options
+        self._rows = ParquetRows(path, columns=_COLUMNS, what="Subjects200K")
+        self._chosen = self._choose()
+        if not self._chosen:
+            raise UserError(
+                f"Subjects200K {path}: none of its {len(self._rows)} rows has all scores >= {options.minimum_score}"
+                f"{' in ' + ', '.join(options.collections) if options.collections else ''}; lower minimum_score"
+            )
+        self.about = {"rows": len(self._rows), "chosen": len(self._chosen), "files": len(self._rows.files)}
+
+    def __len__(self) -> int:
+        return len(self._chosen) * self._directions
+
+    def key(self, index: int) -> str:
+        row, direction = self._place(index)
+        file, number = self._rows.place(row)
+        return f"{file.stem}/{number:06d}/{('left', 'right')[direction]}"
+
+    def __getitem__(self, index: int) -> Item:
+        row, direction = self._place(index)
+        file, number = self._rows.place(row)
+        where = f"{file} row {number}"
+        record = self._rows[row]
+        if _scores(record) is None:
+            raise Rejected("no scores", f"{where}: quality_assessment is null")
+        description = record["description"]
+        if description is None:
+            raise Rejected("no caption", f"{where}: description is null")
+        text = caption(description.get(f"description_{direction}"), where=f"{where} description_{direction}")
+        content = (record["image"] or {}).get("bytes")
+        if not content:
+            raise Rejected("no picture", f"{where}: image is null")
+        views = [Picture(content, box) for box in _views(content, self._options, where)]
+        return checked(
+            Item(
+                key=self.key(index), caption=text, target=views[direction], references=(views[1 - direction],),
+                provenance={
+                    "set": "Subjects200K", "file": file.name, "row": number,
+                    "collection": record["collection"] or "", "view": ("left", "right")[direction],
+                    "item": description.get("item") or "",
+                },
+            )
+        )  # fmt: skip
+
+    @property
+    def _directions(self) -> int:
+        return 2 if self._options.both_directions else 1
+
+    def _place(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._chosen[index // self._directions], index % self._directions
+
+    def _choose(self) -> list[int]:
+        """The rows that are not known to be bad: null scores stay, and are rejected by name."""
+        scores = self._rows.column("quality_assessment").combine_chunks()
+        fields = {field.name for field in scores.type} if hasattr(scores.type, "num_fields") else set()
+        missing = [name for name in SCORES if name not in fields]
+        if missing:
+            raise UserError(f"Subjects200K {self._rows.files[0]}: quality_assessment has no {', '.join(missing)}")
+        keep = None
+        for name in SCORES:
+            good = pc.fill_null(pc.greater_equal(pc.struct_field(scores, name), self._options.minimum_score), True)
+            keep = good if keep is None else pc.and_(keep, good)
+        if self._options.collections:
+            wanted = self._rows.column("collection").combine_chunks()
+            keep = pc.and_(keep, pc.is_in(wanted, value_set=pa.array(list(self._options.collections), pa.string())))
+        return pc.indices_nonzero(keep).to_pylist()
+
+
+def _scores(record: dict) -> list[int] | None:
+    assessment = record["quality_assessment"] or {}
+    scores = [assessment.get(name) for name in SCORES]
+    return None if None in scores else scores
+
+
+def _views(content: bytes, options: Options, where: str) -> tuple[Box, Box]:
+    """The boxes of the left and the right view.
+
+    A picture of two views of side s with a margin p around and between them is 2 s + 3 p wide and s + 2 p high.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            width, height = image.size
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise Rejected("unreadable picture", f"{where}: not an image that can be read") from error
+    side, margin = options.image_size, options.padding
+    if not side:
+        margin = 2 * height - width
+        side = height - 2 * margin
+    if margin < 0 or side < 8 * margin or width < 2 * (side + margin) or height < margin + side:
+        raise Rejected("not two views", f"{where}: {width}x{height} is not two squares side by side")
+    right = side + 2 * margin
+    return (margin, margin, margin + side, margin + side), (right, margin, right + side, margin + side)

@@ -1,0 +1,227 @@
+"""OpenS2V-5M: the order of crops and boxes, masks, choice of subjects, pairs across clips, and damaged records."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from sdv_jax.data.decode import Size, read_clip, read_picture
+from sdv_jax.data.importers import Clip, Frame, open_source
+from sdv_jax.data.importers.json_records import JsonRecords
+from sdv_jax.errors import UserError
+from tests.data.clips import numbered, write
+from tests.data.importers.sets import refused, rejected, video
+from tests.data.test_decode_pictures import compressed, runs_of
+
+CROP = (4, 44, 2, 30)  # x0, x1, y0, y1: 40 wide, 28 high, within 48x32
+
+
+def region(left, top, right, bottom):
+    mask = np.zeros((28, 40), bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def record(name, *, subjects=None, **metadata):
+    """`subjects`: class name -> mask, of the cropped frame."""
+    subjects = subjects or {"cup": region(10, 6, 26, 24), "table": region(0, 20, 40, 28)}
+    places = [np.nonzero(mask) for mask in subjects.values()]
+    bounds = [(c.min() - 0.4, r.min() - 0.4, c.max() + 0.4, r.max() + 0.4) for r, c in places]
+    return {
+        "metadata": {
+            "path": f"{name}.mp4", "face_cut": [1, 5], "crop": list(CROP), "fps": 24.0, "num_frames": 4,
+            "face_cap_qwen": f"A cup in {name}.", "aesthetic": 5.1,
+        } | metadata,
+        "word_tags": {"background": ["table"], "subject": [], "object": ["cup"], "pre_define": []},
+        "annotation": {
+            "ann_frame_data": {
+                "ann_frame_idx": 3,
+                "annotations": [{"class_name": n, "bbox": list(map(float, b)), "gme_score": 0.3}
+                                for n, b in zip(subjects, bounds, strict=True)],
+                "img_width": 40, "img_height": 28,
+            },
+            "mask_map": {str(i + 1): {"class_name": n} for i, n in enumerate(subjects)},
+            "mask_annotation": {"3": {
+                str(i + 1): {"size": [28, 40], "counts": compressed(runs_of(mask)), "score": [0.9]}
+                for i, mask in enumerate(subjects.values())
+            }},
+        },
+    }  # fmt: skip
+
+
+def write_part(path, names, **changes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({f"id_{name}": record(name, **changes) for name in names}, indent=2))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_part(tmp_path / "part1.json", ["one", "two"])
+    frames = numbered(8)
+    frames[:, 2 + 6 : 2 + 24, 4 + 10 : 4 + 26] = 250  # the cup of the mask above
+    for name in ("one", "two"):
+        (tmp_path / "videos/part1").mkdir(parents=True, exist_ok=True)
+        write(tmp_path / f"videos/part1/{name}.mp4", frames, options={"crf": "4"}, pix_fmt="yuv444p")
+    return tmp_path
+
+
+def change(folder, **changes):
+    """The set with another record in front; `changes` are applied to it as paths, a__b=value."""
+    others = json.loads((folder / "part1.json").read_text())
+    content = {"id_odd": None} | others | {"id_odd": record("one")}
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        place = content["id_odd"]
+        for name in parents:
+            place = place[name]
+        if value is KeyError:
+            del place[last]
+        else:
+            place[last] = value
+    (folder / "part1.json").write_text(json.dumps(content))
+    return open_source("opens2v", folder)
+
+
+def test_a_record(folder):
+    importer = open_source("opens2v", folder)
+    item = importer[0]
+    assert len(importer) == 2 and item.key == "part1/id_one" and item.caption == "A cup in one."
+    assert item.target == Clip(folder / "videos/part1/one.mp4", 1, 5, (4, 2, 44, 30))
+    assert read_clip(item.target, Size(4, 28, 40), fps=None).shape == (4, 28, 40, 3)
+    (cup,) = item.references  # the table is tagged as background
+    assert (cup.index, cup.box) == (3, (14, 8, 30, 26))
+    pixels = read_picture(cup, height=36, width=36)
+    assert (pixels[2:-2, 4:-4] > 240).all()  # the cup and, beside it, white: nothing of the grey around it
+    (grey,) = open_source("opens2v", folder, masked=False)[0].references
+    assert grey.box == (13, 7, 30, 26) and grey.mask is None
+    assert read_picture(grey, height=36, width=36).min() < 100
+
+
+def test_plain_run_lengths(folder):
+    mask = region(10, 6, 26, 24)
+    packed = {"1": {"size": [28, 40], "counts": runs_of(mask)}}
+    importer = change(folder, annotation__mask_annotation={"3": packed})
+    np.testing.assert_array_equal(importer[0].references[0].mask.decode(), mask)
+
+
+def test_which_subjects(tmp_path):
+    cup = region(10, 6, 26, 24)
+    subjects = {"cup": cup, "mug": region(10, 6, 26, 23), "spoon": region(0, 0, 2, 10), "plate": region(28, 0, 40, 12),
+                "table": region(0, 26, 40, 28)}  # fmt: skip
+    write_part(tmp_path / "p.json", ["one"], subjects=subjects)
+    video(tmp_path / "one.mp4")
+
+    def chosen(**options):
+        return [frame.box[:2] for frame in open_source("opens2v", tmp_path / "p.json", **options)[0].references]
+
+    corners = {name: (np.nonzero(m)[1].min() + 4, np.nonzero(m)[0].min() + 2) for name, m in subjects.items()}
+    assert chosen() == [corners["cup"], corners["plate"]]  # the mug is the cup again, the spoon is small
+    assert chosen(maximum_overlap=1.0) == [corners["cup"], corners["mug"], corners["plate"]]
+    assert chosen(minimum_area=0.0) == [corners["cup"], corners["spoon"], corners["plate"]]
+    assert chosen(classes=["plate", "table"]) == [corners["plate"], corners["table"]]
+    assert chosen(most=1) == [corners["cup"]]
+    rejected(open_source("opens2v", tmp_path, classes=["dog"]), 0, "no subject", "p/id_one has none of the wanted")
+
+
+def pair(one, other, numbers=("1", "1")):
+    return {"cur_id": one, "aft_id": other, "cur_class_id": numbers[0], "aft_class_id": numbers[1],
+            "cur_class_name": "cup", "aft_class_name": "cup", "cur_frame_idx": 3, "aft_frame_idx": 3}  # fmt: skip
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_pairs_across_clips(folder, grouped):
+    write_part(folder / "part2.json", ["three", "four"])
+    for name in ("three", "four"):
+        video(folder / f"videos/part2/{name}.mp4", frames=8)
+    pairs = [pair("part1/id_one", "part2/id_three"), pair("part1/id_two", "part9/id_gone")]
+    (folder / "pairs.json").write_text(json.dumps({"group": pairs} if grouped else pairs))
+    importer = open_source("opens2v", folder, pairs=str(folder / "pairs.json"))
+    assert [importer.key(i) for i in range(len(importer))] == ["part1/id_one", "part1/id_two", "part2/id_three"]
+    assert [frame.path.name for frame in importer[0].references] == ["three.mp4"]
+    assert [frame.path.name for frame in importer[2].references] == ["one.mp4"]  # pairs hold in both directions
+    rejected(importer, 1, "no subject", "part1/id_two")
+    assert importer.about == {"records": 4, "chosen": 3, "parts": 2}
+    (folder / "pairs.json").write_text(json.dumps([{"cur_id": "x"}]))
+    refused("a pair lacks 'cur_class_id'", "opens2v", folder, pairs=str(folder / "pairs.json"))
+    (folder / "pairs.json").write_text(json.dumps([pair("x/1", "x/2")]))
+    refused("none of its clips is in", "opens2v", folder, pairs=str(folder / "pairs.json"))
+
+
+def test_records_that_are_not_whole(folder):
+    rejected(change(folder, metadata=KeyError), 0, "damaged record", "part1/id_odd: KeyError('metadata')")
+    rejected(change(folder, metadata__crop=[1, 2, 3]), 0, "damaged record", "part1/id_odd: ValueError")
+    rejected(change(folder, metadata__path="gone.mp4"), 0, "file missing", "gone.mp4 does not exist")
+    rejected(change(folder, metadata__path="../../part1.json"), 0, "path outside the set", "../../part1.json is not in")
+    rejected(change(folder, metadata__face_cap_qwen=""), 0, "no caption", "part1/id_odd has none")
+    rejected(change(folder, annotation__mask_annotation={}), 0, "damaged record", "KeyError('3')")
+    broken = {"3": {"1": {"size": [28, 40], "counts": "o"}}}
+    rejected(change(folder, annotation__mask_annotation=broken), 0, "damaged mask", "part1/id_odd, subject 1: a packed")
+    importer = change(folder)
+    assert importer[1].key == "part1/id_one"  # and the set goes on
+
+
+def test_the_caption_and_the_cut_have_two_names(folder):
+    importer = change(folder, metadata__face_cap_qwen=KeyError, metadata__cap="A mug.", metadata__face_cut=KeyError,
+                      metadata__cut=[2, 4], metadata__crop=None)  # fmt: skip
+    assert importer[0].caption == "A mug." and importer[0].target == Clip(folder / "videos/part1/one.mp4", 2, 4)
+
+
+def test_a_key_that_is_there_twice(folder):
+    text = (folder / "part1.json").read_text()
+    (folder / "part1.json").write_text(text.replace("id_two", "id_one"))
+    importer = open_source("opens2v", folder)
+    assert importer[0].key == "part1/id_one"
+    rejected(importer, 1, "duplicate key", "part1/id_one was there before")
+
+
+def test_sets_that_are_broken(tmp_path):
+    refused("holds no .json file", "opens2v", tmp_path)
+    for content, message in (("", "cannot mmap an empty file"), ("[]", "it is a list"), ("{}", "it has no records"),
+                             ('{"a": {"b": 1}', "it breaks off")):  # fmt: skip
+        (tmp_path / "p.json").write_text(content)
+        refused(f"p.json is not a JSON object of records ({message})", "opens2v", tmp_path)
+    write_part(tmp_path / "p.json", ["one"])
+    refused("videos nowhere is not a folder", "opens2v", tmp_path, videos="nowhere")
+
+
+# The scanner
+
+
+def test_records_are_found_without_reading_all(tmp_path):
+    values = {
+        "plain": {"a": 1}, 'quote " and \\ and }': {"text": 'a "quoted" \\ brace } {', "list": [{"deep": [1, {}]}]},
+        "ü": {"é": "\u2028"}, "empty": {}, "number": {"x": math.pi},
+    }  # fmt: skip
+    for indent, ascii_only in ((None, True), (2, False)):
+        (tmp_path / "a.json").write_text(json.dumps(values, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+        records = JsonRecords(tmp_path / "a.json", what="part")
+        assert {key: records[i] for i, key in enumerate(records.keys)} == values
+
+
+def test_random_records(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def value(depth):
+        kind = rng.integers(5 if depth else 3)
+        if kind == 3:
+            return [value(depth - 1) for _ in range(rng.integers(4))]
+        if kind == 4:
+            return {text(): value(depth - 1) for _ in range(rng.integers(4))}
+        return [None, float(rng.random()), text()][kind]
+
+    def text():
+        return "".join(rng.choice(list('ab"\\{}[],:é\n'), rng.integers(8)))
+
+    for _ in range(30):
+        content = {f"{i}{text()}": {text(): value(3)} for i in range(1 + rng.integers(6))}
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        records = JsonRecords(tmp_path / "a.json", what="part")
+        assert {key: records[i] for i, key in enumerate(records.keys)} == content
+
+
+def test_frames_are_frames(folder):
+    assert all(isinstance(frame, Frame) for frame in open_source("opens2v", folder)[1].references)
+    with pytest.raises(UserError):
+        JsonRecords(folder / "none.json", what="part")

@@ -1,0 +1,174 @@
+import dataclasses
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdv_jax.data import samples
+from sdv_jax.data.decode import Size, read_clip, read_picture
+from sdv_jax.data.importers.item import Clip, Item, Picture, Rejected
+from tests.data import clips, sets
+
+RECIPE = samples.Recipe(
+    buckets=(Size(9, 32, 48), Size(5, 32, 48), Size(13, 32, 32), Size(1, 32, 48), Size(1, 48, 32)),
+    fps=8.0, references="target", frames=3, crops=4, jitter=0.1, seed=0,
+)  # fmt: skip
+
+
+class Items(list):
+    """The simplest importer."""
+
+    def key(self, index):
+        return self[index].key
+
+
+def recipe(**changes):
+    return dataclasses.replace(RECIPE, **changes)
+
+
+def clip_item(path, frames, *, fps=8, key="a", **size):
+    return Item(key, "a ball", Clip(clips.write(path, sets.moving(0, frames, **size), fps=fps)))
+
+
+def picture_item(path, key="a", height=40, width=64, references=(), **save):
+    Image.fromarray(sets.moving(1, 1, height=height, width=width)[0]).save(path, **save)
+    return Item(key, "a ball", Picture(path), references=references)
+
+
+def read(item, recipe=RECIPE):
+    return samples.read(Items([item]), 0, recipe)
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "size", "expected"),
+    [
+        (9, 8, (32, 48), Size(9, 32, 48)),
+        (8, 8, (32, 48), Size(5, 32, 48)),
+        (13, 8, (32, 32), Size(13, 32, 32)),
+        (12, 8, (32, 32), Size(9, 32, 48)),
+        (14, 8, (64, 96), Size(9, 32, 48)),
+        (26, 24, (32, 48), Size(9, 32, 48)),
+        (24, 24, (32, 48), Size(5, 32, 48)),
+    ],
+)
+def test_a_clip_goes_where_proportions_and_frames_fit(tmp_path, frames, fps, size, expected):
+    found = read(clip_item(tmp_path / "a.mp4", frames, fps=fps, height=size[0], width=size[1]))
+    assert found.size == expected and found.target.shape == dataclasses.astuple(expected) + (3,)
+    assert found.seconds == pytest.approx(frames / fps)
+
+
+def test_the_nearest_proportions_come_before_more_frames_and_size():
+    buckets = [Size(9, 32, 48), Size(49, 32, 32), Size(5, 64, 96), Size(9, 64, 96), Size(9, 16, 24), Size(1, 32, 48)]
+    order = samples.choose(buckets, frames=20, height=40, width=60)
+    assert order == [Size(9, 32, 48), Size(9, 16, 24), Size(9, 64, 96), Size(5, 64, 96)]
+    assert samples.choose(buckets, frames=60, height=40, width=40)[0] == Size(49, 32, 32)
+    assert samples.choose(buckets, frames=None, height=40, width=40) == [Size(1, 32, 48)]
+
+
+def test_too_short_and_the_wrong_kind_say_what_is_needed(tmp_path):
+    with pytest.raises(Rejected, match="too short: .*a.mp4 has 4 frames at 8 fps; the shortest bucket needs 5"):
+        read(clip_item(tmp_path / "a.mp4", 4))
+    with pytest.raises(Rejected, match="no bucket for clips"):
+        read(clip_item(tmp_path / "a.mp4", 9), recipe(buckets=(Size(1, 32, 48),)))
+    with pytest.raises(Rejected, match="no bucket for pictures"):
+        read(picture_item(tmp_path / "a.png"), recipe(buckets=(Size(9, 32, 48),)))
+
+
+def test_a_clip_whose_end_is_damaged_goes_to_a_shorter_bucket(tmp_path, monkeypatch):
+    item = clip_item(tmp_path / "a.mp4", 13)
+
+    def cut(clip, size, *, fps):
+        if size.frames > 5:
+            raise Rejected("too short", "found only now")
+        return read_clip(clip, size, fps=fps)
+
+    monkeypatch.setattr(samples, "read_clip", cut)
+    assert read(item).size == Size(5, 32, 48)
+    with pytest.raises(Rejected, match="found only now"):
+        read(item, recipe(buckets=(Size(9, 32, 48),)))
+
+
+def test_reference_frames_are_drawn_over_the_clip_without_repetition(tmp_path):
+    path, drawn = tmp_path / "a.mp4", []
+    clip_item(path, 9)
+    for n in range(60):
+        found = read(Item(f"key{n}", "a", Clip(path)))
+        places = [int(np.flatnonzero((found.target == r).all(axis=(1, 2, 3)))[0]) for r in found.references]
+        assert len(set(places)) == 3 and places == sorted(places)
+        drawn.append(tuple(places))
+    assert len(set(drawn)) > 20
+    counts = np.bincount(np.concatenate(drawn), minlength=9)
+    assert counts.min() > 5 and counts.max() < 40, "every frame is as likely as another"
+    whole = read(Item("a", "a", Clip(path)), recipe(frames=0))
+    np.testing.assert_array_equal(whole.references, whole.target)
+    assert recipe(frames=20).count(Size(9, 32, 48)) == 9
+
+
+def test_an_item_is_the_same_in_every_run_and_another_with_another_seed(tmp_path):
+    item = clip_item(tmp_path / "a.mp4", 9)
+    picture = picture_item(tmp_path / "p.png")
+    for one in (item, picture):
+        first, again = read(one), samples.read(pickle.loads(pickle.dumps(Items([one]))), 0, RECIPE)
+        np.testing.assert_array_equal(first.target, again.target)
+        np.testing.assert_array_equal(first.references, again.references)
+        others = [read(one, recipe(seed=seed)).references.tobytes() for seed in range(4)]
+        assert len(set(others)) > 1
+
+
+def test_views_are_cropped_in_turn(tmp_path):
+    paths = []
+    for i, level in enumerate((40, 120, 200)):
+        paths.append(tmp_path / f"v{i}.png")
+        Image.fromarray(np.full((40, 64, 3), level, np.uint8)).save(paths[-1])
+    item = picture_item(tmp_path / "a.png", references=tuple(map(Picture, paths)))
+    found = read(item, recipe(references="views", crops=4))
+    assert [round(float(view.mean())) for view in found.references] == [40, 120, 200, 40]
+    clip = dataclasses.replace(clip_item(tmp_path / "a.mp4", 9), references=item.references)
+    found = read(clip, recipe(references="views", crops=2))
+    assert found.target.shape[0] == 9 and [round(float(v.mean())) for v in found.references] == [40, 120]
+    with pytest.raises(Rejected, match="no other view"):
+        read(dataclasses.replace(item, references=()), recipe(references="views"))
+
+
+def test_a_picture_without_views_is_its_own_reference(tmp_path):
+    item = picture_item(tmp_path / "a.png")
+    found = read(item, recipe(jitter=0.0, crops=2))
+    expected = read_picture(item.target, height=32, width=48)
+    np.testing.assert_array_equal(found.target, expected[None])
+    np.testing.assert_array_equal(found.references, np.stack([expected, expected]))
+    jittered = read(item, recipe(jitter=0.3, crops=2))
+    assert len({view.tobytes() for view in (*jittered.references, jittered.target[0], expected)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "options", "expected"),
+    [
+        (40, 64, {}, Size(1, 32, 48)),
+        (64, 40, {}, Size(1, 48, 32)),
+        (40, 64, {"exif": 6}, Size(1, 48, 32)),
+    ],
+)
+def test_a_picture_goes_where_it_fits_upright(tmp_path, height, width, options, expected):
+    exif = Image.Exif()
+    exif[0x0112] = options.get("exif", 1)
+    item = picture_item(tmp_path / "a.jpg", height=height, width=width, exif=exif)
+    assert read(item).size == expected
+    inside = Item("a", "a", Picture((tmp_path / "a.jpg").read_bytes(), box=(0, 0, 20, 30)))
+    assert read(inside).size == Size(1, 48, 32)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", Path])
+def test_what_is_no_picture_is_rejected(tmp_path, content):
+    source = tmp_path / "none.png" if content is Path else content
+    with pytest.raises(Rejected, match="unreadable picture|file missing"):
+        read(Item("a", "a", Picture(source)))
+
+
+def test_pictures_in_memory(tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(sets.moving(0, 1)[0]).save(file, "PNG")
+    found = read(Item("a", "a", Picture(file.getvalue())), recipe(jitter=0.0))
+    np.testing.assert_array_equal(found.target[0], sets.moving(0, 1)[0])
