@@ -275,9 +275,9 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--processes", type=int, metavar="N", help="how many there are, with --coordinator HOST:PORT")
     command.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     command.epilog = (
-        "--config.SECTION.KEY=VALUE sets a key of the config, for example --config.train.steps=100. Exit status: 0 done, "
-        "75 stopped by a signal after a checkpoint (start it again), 76 another process died (start all again), 2 wrong "
-        "input."
+        "--config.SECTION.KEY=VALUE sets a key of the config, for example --config.train.steps=100. Exit status: 0 "
+        "done, 75 stopped by a signal after a checkpoint (start it again), 76 another process died (start all again), "
+        "2 wrong input."
     )
 
 

@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdv_jax.checkpoints import model_folder
-from sdv_jax.data.latents import LatentDataset
+from sdv_jax.data.loading import Mixture, stack
 from sdv_jax.data.video import write_contact_sheet
 from sdv_jax.errors import UserError
 from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.objectives.denoising import Denoiser
 from sdv_jax.pipeline import Pipeline
-from sdv_jax.train import heartbeat, loop, processes, setup
+from sdv_jax.train import datasets, heartbeat, loop, processes, setup
 from sdv_jax.train.config import Config
+from sdv_jax.train.devices import Devices
 
 ROWS = 4  # samples on a sheet
 STEPS = 20  # denoising steps of a sample: enough to judge by
@@ -25,7 +26,7 @@ STEPS = 20  # denoising steps of a sample: enough to judge by
 
 def train(config: Config, workdir: str | Path) -> loop.Result:
     """Runs the loop; with `train.sample_every`, sheets go to `workdir/samples`. Raises as `loop.run` does."""
-    data = setup.datasets(config, Path(workdir) / "data")
+    data = datasets.load(config, Path(workdir) / "data")
     sampler = Sheets(config, data) if config.train.sample_every else None
     return loop.run(config, workdir, sampler=sampler, data=data)
 
@@ -80,7 +81,7 @@ class Sheets:
     denoises.
     """
 
-    def __init__(self, config: Config, data: dict[str, LatentDataset]):
+    def __init__(self, config: Config, data: dict[str, Mixture]):
         path = config.model.path
         if not path:
             raise UserError(
@@ -89,13 +90,18 @@ class Sheets:
         about = model_folder.about(path)
         traits = dataclasses.replace(about.traits, boundary=None)
         self.config, self.about = config, dataclasses.replace(about, traits=traits)
-        rows = data.get("motion") or next(iter(data.values()))
-        moments = [
-            jnp.asarray(getattr(rows, name)[:ROWS, :1], jnp.float32) for name in ("reference_mean", "reference_logvar")
-        ]
-        self.references = np.asarray(rows.scale.draw(*moments, jax.random.key(0)))
-        self.captions, self.latent_shape = list(rows.captions[:ROWS]), rows.mean.shape[1:]
-        self.parts = {name: model_folder.load_component(path, name) for name in ("vae", "text_encoder")}
+        mixture = data.get("motion") or next(iter(data.values()))
+        bucket = max(mixture.buckets, key=len)
+        rows = range(min(ROWS, len(bucket)))
+        drawn = stack([bucket[row] for row in rows])
+        moments = [jnp.asarray(drawn[name][:, :1], jnp.float32) for name in ("reference_mean", "reference_logvar")]
+        self.references = np.asarray(mixture.scale.draw(*moments, jax.random.key(0)))
+        self.captions = [bucket.describe(row)["caption"] for row in rows]
+        self.latent_shape = bucket.shapes["mean"]
+        self.mesh = Devices.of(config.mesh).mesh
+        self.parts = {
+            name: model_folder.load_component(path, name, mesh=self.mesh) for name in ("vae", "text_encoder")
+        }
         self.tokenizer = Tokenizer(Path(path) / "tokenizer")
 
     def __call__(self, model: Denoiser, steps: int, folder: Path) -> None:
@@ -104,7 +110,7 @@ class Sheets:
         base = setup.about(self.config)
         options = setup.options(self.config, base)
         parts |= {base.family.denoiser: model.transformer}
-        pipe = Pipeline(self.about, parts, self.tokenizer, options=options)
+        pipe = Pipeline(self.about, parts, self.tokenizer, options=options, mesh=self.mesh)
         subject = self.config.train.objective == "subject"
         references = self.references if subject else None
         frames, height, width = pipe.geometry.pixel_sizes(self.latent_shape)
@@ -117,6 +123,8 @@ class Sheets:
             pictures = pipe.decode(pipe.traits.latents.to_vae(jnp.asarray(self.references)))
             pictures = np.clip(np.asarray(pictures) / 2 + 0.5, 0, 1)
             shown = [[picture[0], *video] for picture, video in zip(pictures, shown, strict=True)]
+        if not processes.is_writer():
+            return
         folder.mkdir(parents=True, exist_ok=True)
         write_contact_sheet(folder / f"step_{steps:06d}.png", [[_bytes(frame) for frame in row] for row in shown])
 

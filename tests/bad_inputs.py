@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from sdv_jax.data import latents, prepare, settings
+from sdv_jax.data import latents, prepare, records, settings
 from sdv_jax.models.contract import LatentScale
 from sdv_jax.train import config as configs
 from tests import tiny_wan
@@ -148,7 +148,7 @@ def _data(folder: pathlib.Path) -> None:
         ("longer_text", 3, {"tokens": 20}),
         ("other_scale", 3, {"scale": 0.9}),
     ):
-        latents.save(_dataset(frames, **changes), folder / name)
+        records.save(folder / name, _dataset(frames, **changes))
 
 
 def _dataset(frames: int, *, height=4, channels=4, tokens=12, scale=0.7) -> latents.LatentDataset:

@@ -17,7 +17,7 @@ from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import families, model_folder
 from sdv_jax.checkpoints.family import Component
 from sdv_jax.checkpoints.save import save_pipeline
-from sdv_jax.data import latents
+from sdv_jax.data import latents, records
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import LatentScale
 from sdv_jax.pipeline import load_pipeline
@@ -68,7 +68,7 @@ def trained(model):
     """The workdir of `sdv train` on random prepared data."""
     root = model.parent
     for name, frames, views in (("pairs", 1, 2), ("clips", 3, 3)):
-        latents.save(_random_data(frames, views), root / name)
+        records.save(root / name, _random_data(frames, views))
     settings = {
         "model.path": model, "data.identity": root / "pairs", "data.motion": root / "clips", "train.steps": 4,
         "identity.batch_size": 2, "motion.batch_size": 2, "switch.motion_probability": 0.5, "lora.rank": 2,

@@ -108,13 +108,13 @@ def test_train_forwards_overrides_in_any_place(here, monkeypatch, capsys):
     assert capsys.readouterr().out == "run/adapter  7 steps done\n"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_training_says_so_and_how_to_go_on(here, monkeypatch, capsys, number, status):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_training_says_so_and_how_to_go_on(here, monkeypatch, capsys, number):
     from sdv_jax import training
 
     monkeypatch.setattr(training, "train", lambda config, workdir: training.loop.Result(3, False, None, number))
     arguments = ["train", "--config", str(ROOT / "configs" / "base.py"), "--workdir", "run", "--config.train.steps=7"]
-    assert cli.main(arguments) == status
+    assert cli.main(arguments) == 75
     assert capsys.readouterr().err == "sdv: stopped at step 3 of 7; the same command resumes\n"
 
 

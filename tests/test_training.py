@@ -8,6 +8,7 @@ from PIL import Image
 
 from sdv_jax import training
 from sdv_jax.checkpoints import model_folder
+from sdv_jax.data.loading import Mixture
 from sdv_jax.objectives.denoising import Denoiser
 from sdv_jax.train import config as configs
 from tests.tiny_wan import TEXT_LENGTH, save_pipeline
@@ -33,7 +34,7 @@ def test_a_sheet_has_the_size_of_the_data_and_the_guidance_of_the_config(tmp_pat
         for name in ("mean", "logvar", "reference_mean", "reference_logvar")
     }
     data = dataclasses.replace(tiny.dataset(2, frames=1, views=1), **moments)
-    sheets = training.Sheets(config, {"motion": data})
+    sheets = training.Sheets(config, {"motion": Mixture.of(data, "motion")})
     sheets(Denoiser(model_folder.load_component(BASE, "transformer"), None), 7, tmp_path / "samples")
     assert seen[0]["guidance"] == 1.5
     assert [seen[0][name] for name in ("num_frames", "height", "width")] == [4 * (frames - 1) + 1, 48, 40]
@@ -47,6 +48,6 @@ def test_a_sheet_of_two_experts_is_drawn_by_the_trained_one(tmp_path, monkeypatc
     config = configs.load("configs/base.py", {"model.path": str(base), "sample.guidance": 1.0})
     text = np.zeros((10, TEXT_LENGTH, 16), np.float32)
     data = dataclasses.replace(tiny.data()["motion"], text=text, empty_text=text[0])
-    sheets = training.Sheets(config, {"motion": data})
+    sheets = training.Sheets(config, {"motion": Mixture.of(data, "motion")})
     sheets(Denoiser(model_folder.load_component(base, "transformer"), text_masked=True), 1, tmp_path / "samples")
     assert Image.open(tmp_path / "samples" / "step_000001.png").size[0] >= 6 * 32

@@ -13,13 +13,22 @@ from typing import Protocol
 import grain
 import numpy as np
 
+from sdv_jax.models.contract import LatentScale
+
 _HELD_OUT = 0x5D0  # part of the seed of what is held out, the same in every run
 _MIXTURE = 0x313  # part of the seed of the order in which parts of a mixture come
 _AHEAD = 2  # batches kept ready, on the host and on the device
 
 
 class Rows(Protocol):
-    """Examples of one shape: a bucket of a prepared dataset, or arrays in memory."""
+    """Examples of one shape: a bucket of a prepared dataset, or arrays in memory.
+
+    `shapes` are those of each array of an example; `has_token_ids` says that its text is to be encoded in the step.
+    """
+
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    has_token_ids: bool
 
     def __len__(self) -> int: ...
 
@@ -30,15 +39,70 @@ class Rows(Protocol):
         """Which example it is: its key and its caption."""
 
 
+class Dataset(Protocol):
+    """A prepared dataset: `records.Prepared`, or one in memory."""
+
+    scale: LatentScale
+    empty_text: np.ndarray
+    buckets: tuple[Rows, ...]
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """What one task reads: datasets by name, each with its share of the batches; itself a dataset.
+
+    Within a dataset a bucket's share is that of its rows. Shares need not sum to one.
+    """
+
+    sets: Mapping[str, Dataset]
+    shares: Mapping[str, float]
+
+    @classmethod
+    def of(cls, dataset: "Dataset | Mixture", name: str) -> "Mixture":
+        """One dataset alone, or a mixture as it is."""
+        return dataset if isinstance(dataset, Mixture) else cls({name: dataset}, {name: 1.0})
+
+    @property
+    def scale(self) -> LatentScale:
+        return next(iter(self.sets.values())).scale
+
+    @property
+    def empty_text(self) -> np.ndarray:
+        return next(iter(self.sets.values())).empty_text
+
+    @property
+    def buckets(self) -> tuple[Rows, ...]:
+        return tuple(bucket for dataset in self.sets.values() for bucket in dataset.buckets)
+
+    @property
+    def fingerprint(self) -> str:
+        return "+".join(dataset.fingerprint for dataset in self.sets.values())
+
+    def parts(self) -> "tuple[Part, ...]":
+        """Every row of every bucket."""
+        found = []
+        for name, dataset in self.sets.items():
+            rows = sum(map(len, dataset.buckets))
+            found += [
+                Part(bucket, np.arange(len(bucket)), self.shares[name] * len(bucket) / rows, name, dataset.fingerprint)
+                for bucket in dataset.buckets
+            ]
+        return tuple(found)
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The rows of one bucket that a stream may read, and how often its batches come beside those of other parts."""
+    """The rows of one bucket that a stream may read, and how often its batches come beside those of other parts.
+
+    `name` and `fingerprint` are the dataset's.
+    """
 
     rows: Rows
     indices: np.ndarray
     weight: float
-    name: str = ""
-    fingerprint: str = ""
+    name: str
+    fingerprint: str
 
 
 def hold_out(count: int, held: int) -> tuple[np.ndarray, np.ndarray]:
@@ -132,15 +196,16 @@ class StepBatches:
         found = {}
         for name, number in self.plan[step].items():
             part, indices = self.streams[name].where(number)
-            found[name] = [{"set": part.name, "row": int(i)} | part.rows.describe(int(i)) for i in indices]
+            where = {"set": part.name, "bucket": part.rows.name}
+            found[name] = [where | {"row": int(i)} | part.rows.describe(int(i)) for i in indices]
         return found
 
 
 def iterate(batches: StepBatches, start: int, place: Callable, *, workers: int = 0) -> Iterator:
     """`place(batch)` for every step from `start` on, made ahead of time. Close the iterator when done.
 
-    Rows are read by a thread, or with `workers` by that many processes; `place`, which puts a batch on the devices, runs
-    in a thread of this process.
+    Rows are read by a thread, or with `workers` by that many processes; `place`, which puts a batch on the devices,
+    runs in a thread of this process.
     """
     options = grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=0 if workers else _AHEAD)
     dataset = grain.MapDataset.source(batches)[start:].to_iter_dataset(options)

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from sdv_jax.checkpoints.save import save_pipeline
-from sdv_jax.data import latents
+from sdv_jax.data import manifest, records
 from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.small_world import prepared
 from sdv_jax.small_world.autoencoder import TINY_WAN_VAE, AutoencoderConfig
@@ -148,14 +148,14 @@ def _prepare(world: World, vae: nnx.Module, base: setup.About, workdir: Path, si
     def ids(captions):
         return tokenizer.tokenize(captions, max_length=MAX_LENGTH)[0]
 
-    if not (workdir / "clips" / "dataset.json").is_file():
+    if not (workdir / "clips" / manifest.FILE).is_file():
         clips = clip_pool(world, _CLIP_POOL, sizes.clips)
         made = prepared.dataset(vae, scale, clips.video, clips.video[:, :1], clips.captions, ids)
-        latents.save(made, workdir / "clips")
-    if not (workdir / "images" / "dataset.json").is_file():
+        records.save(workdir / "clips", made)
+    if not (workdir / "images" / manifest.FILE).is_file():
         pairs = pair_pool(world, _IMAGE_POOL, sizes.images, marked=False)
         stills = pairs.target[:, None]
-        latents.save(prepared.dataset(vae, scale, stills, stills, pairs.captions, ids), workdir / "images")
+        records.save(workdir / "images", prepared.dataset(vae, scale, stills, stills, pairs.captions, ids))
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from sdv_jax.small_world.pool import Trials, trials
 from sdv_jax.small_world.score import identity_errors, score_clips
 from sdv_jax.small_world.world import World
 from sdv_jax.train import config as configs
-from sdv_jax.train import loop, monitors, setup
+from sdv_jax.train import datasets, loop, monitors
 
 
 class Row(NamedTuple):
@@ -50,9 +50,9 @@ ROWS = {
 }
 # Shorter than the small world's own runs, so that all rows of both families fit into a night on two CPU cores.
 COMMON = {
-    "train.steps": 800, "train.save_every": 200, "train.ema_decay": 0.99, "optimizer.cycles": 1,
-    "identity.batch_size": 32, "motion.batch_size": 16,
-    "validation.rows": 64, "validation.every": 200, "gradients.every": 40,
+    "train.steps": 600, "train.save_every": 200, "train.ema_decay": 0.99, "optimizer.cycles": 1,
+    "identity.batch_size": 24, "motion.batch_size": 12,
+    "validation.rows": 48, "validation.every": 200, "gradients.every": 50,
 }  # fmt: skip
 SAMPLING = demo.Sampling()
 RESULTS = demo.ROOT / "docs" / "reproduction"
@@ -67,7 +67,7 @@ def run(workdir: Path, results: Path, families: tuple[str, ...], rows: tuple[str
             continue
         own, began = workdir / family / f"{row}-{seed}", time.perf_counter()
         config = _config(family, row, seed)
-        data = setup.datasets(config, workdir / family / "data")
+        data = datasets.load(config, workdir / family / "data")
         if not loop.run(config, own, data=data).finished:
             raise UserError("reproduction: training was interrupted; the same command goes on from its checkpoint")
         base, truth = _shared(workdir / family, demo.SHIPPED[family].base, trial)

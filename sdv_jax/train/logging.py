@@ -37,8 +37,8 @@ class RunLog:
     """Takes a step's metrics while they are being computed and reads them one step later, so the device never waits.
 
     Every process reads them; the one with `writes` keeps files. `write` and `flush` raise UserError, one line, at the
-    first loss or gradient norm that is not finite; `describe(step)`, which says what its batch was made of, then goes to
-    `not_finite.json`.
+    first loss or gradient norm that is not finite; `describe(step)`, which says what its batch was made of, then goes
+    to `not_finite.json`.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class RunLog:
             self.file.write(json.dumps(record) + "\n")
         self.bar.update()
         if (step.number + 1) % self.log_every == 0:
-            told = {"loss": f"{values['loss']:.4f}", "s": f"{seconds:.2f}", "tok/s": f"{rates['tokens_per_second']:.0f}"}
+            told = {"loss": f"{values['loss']:.4f}", "tok/s": f"{rates['tokens_per_second']:.0f}"}
             told |= {"mfu": f"{rates['mfu']:.1%}"} if "mfu" in rates else {}
             self.bar.set_postfix(task=step.task["task"], **told, refresh=False)
             names = (*values, "seconds", *rates)

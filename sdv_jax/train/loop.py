@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from sdv_jax.data import loading
-from sdv_jax.data.latents import LatentDataset
+from sdv_jax.data.loading import Dataset, Mixture
 from sdv_jax.errors import UserError
 from sdv_jax.objectives.denoising import Denoiser
 from sdv_jax.train import (
+    datasets,
     heldout,
     logging,
     monitors,
@@ -50,7 +51,7 @@ class Result:
 
 def run(
     config: Config, workdir: str | Path, *, sampler: Sampler | None = None, stop_after: int | None = None,
-    data: Mapping[str, LatentDataset] | None = None, model: Denoiser | None = None, shown: bool = True,
+    data: Mapping[str, Dataset | Mixture] | None = None, model: Denoiser | None = None, shown: bool = True,
 ) -> Result:  # fmt: skip
     """Trains to `config.train.steps`, resuming the run that `workdir` holds, if any.
 
@@ -64,23 +65,23 @@ def run(
     workdir.mkdir(parents=True, exist_ok=True)
     devices = Devices.of(config.mesh)
     with Heartbeat.of(workdir, config.train.heartbeat):
-        data = setup.datasets(config, workdir / "data") if data is None else data
+        data = datasets.load(config, workdir / "data") if data is None else _mixtures(data)
         with devices.on_mesh():
             return _run(config, workdir, devices, data, model, sampler=sampler, stop_after=stop_after, shown=shown)
 
 
 def _run(
-    config: Config, workdir: Path, devices: Devices, data: Mapping[str, LatentDataset], model: Denoiser | None, *,
+    config: Config, workdir: Path, devices: Devices, data: Mapping[str, Mixture], model: Denoiser | None, *,
     sampler: Sampler | None, stop_after: int | None, shown: bool,
 ) -> Result:  # fmt: skip
     # ---- Data, model, plan ------------------------------------------------------------------------------------------
     c, key, base = config.train, plan.run_key(config), setup.about(config)
-    setup.check_data(config, data, base.traits)
+    datasets.check(config, data, base.traits)
     first = next(iter(data.values()), None)
     objective = setup.objective(config, base, first.scale if first else base.traits.latents)
-    parts, held = heldout.split(config, setup.parts(data))
+    parts, held = heldout.split(config, {name: mixture.parts() for name, mixture in data.items()})
     schedule = plan.make(config, parts, objective, key, devices)
-    token_ids = any(dataset.has_token_ids for dataset in data.values())
+    token_ids = any(bucket.has_token_ids for mixture in data.values() for bucket in mixture.buckets)
     model = model or setup.model(config, base, token_ids=token_ids, mesh=devices.mesh)
     record.claim(workdir, config)
 
@@ -148,7 +149,7 @@ def _run(
 
 
 def load_trained(
-    workdir: str | Path, *, averaged: bool = True, data: Mapping[str, LatentDataset] | None = None
+    workdir: str | Path, *, averaged: bool = True, data: Mapping[str, Dataset | Mixture] | None = None
 ) -> Denoiser:
     """The model of a run with the weights of its newest checkpoint: the moving average, if one was kept and `averaged`.
 
@@ -157,8 +158,8 @@ def load_trained(
     """
     workdir = Path(workdir)
     config = record.read(workdir)
-    data = setup.datasets(config, workdir / "data") if data is None else data
-    token_ids = any(dataset.has_token_ids for dataset in data.values())
+    data = datasets.load(config, workdir / "data") if data is None else _mixtures(data)
+    token_ids = any(bucket.has_token_ids for mixture in data.values() for bucket in mixture.buckets)
     model = setup.model(config, setup.about(config), token_ids=token_ids)
     graph, trained, frozen = state.split(model, mode=config.train.mode, train_encoder=config.text.train_encoder)
     like = state.create(trained, optimizer.make(config.optimizer, config.train.steps), ema=config.train.ema_decay > 0)
@@ -170,6 +171,10 @@ def load_trained(
     if found is None:
         raise UserError(f"{workdir}: no checkpoint there; train first")
     return state.join(graph, state.result(found[1]) if averaged else found[1].trained, frozen)
+
+
+def _mixtures(data: Mapping[str, Dataset | Mixture]) -> dict[str, Mixture]:
+    return {name: Mixture.of(dataset, name) for name, dataset in data.items()}
 
 
 def _log(config: Config, workdir: Path, schedule: plan.Plan, start: int, shown: bool) -> RunLog:
@@ -201,4 +206,8 @@ def _watch(watched: list[Monitor], current: TrainState, done: int, log: RunLog) 
 
 
 def _samples(sampler: Sampler, graph, frozen, every: int, folder: Path) -> Monitor:
-    return Monitor(every, lambda current, done: sampler(state.join(graph, state.result(current), frozen), done, folder))
+    def draw(current: TrainState, done: int) -> None:
+        if done:
+            sampler(state.join(graph, state.result(current), frozen), done, folder)
+
+    return Monitor(every, draw)

@@ -141,7 +141,7 @@ def tokens(config: Config, program: str, shapes: Mapping[str, tuple[int, ...]], 
     [parts, rows, t, h, w, c].
     """
     total = 0
-    for name, (parts, rows, t, h, w, _) in shapes.items():
+    for parts, rows, t, h, w, _ in shapes.values():
         frame = geometry.frame_tokens(h, w)
         total += parts * rows * -(-t // geometry.frame_patch) * frame
         if program == "identity":

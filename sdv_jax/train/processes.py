@@ -24,7 +24,7 @@ def join(coordinator: str, count: int | None, index: int | None, *, timeout: flo
     given = {}
     if coordinator != "auto":
         if count is None or index is None:
-            raise UserError("--coordinator HOST:PORT needs --processes N and --process I; on a cluster give auto for it")
+            raise UserError("--coordinator HOST:PORT needs --processes N and --process I; on a cluster give auto")
         if not 0 <= index < count:
             raise UserError(f"--process is {index}, expected 0 to {count - 1} (--processes {count})")
         given = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}

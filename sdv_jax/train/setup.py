@@ -1,65 +1,23 @@
-"""From a configuration to the things a loop needs: datasets, base model, objective."""
+"""From a configuration to the things a loop needs: base model, adapter, objective."""
 
 import dataclasses
-import reprlib
-import zlib
-from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import model_folder
 from sdv_jax.checkpoints.families import families, rules_of
 from sdv_jax.checkpoints.model_folder import About
-from sdv_jax.data import latents
-from sdv_jax.data.encoding import TextEncoder
-from sdv_jax.data.latents import LatentDataset
-from sdv_jax.data.loading import Part
 from sdv_jax.diffusion import FlowSchedule, noise_schedule
 from sdv_jax.errors import UserError
-from sdv_jax.models.contract import LatentScale, Traits, check_defaults
+from sdv_jax.models.contract import LatentScale, check_defaults
 from sdv_jax.objectives.denoising import Denoiser, Objective
 from sdv_jax.sharding import Table
-from sdv_jax.small_world import pool, prepared
-from sdv_jax.small_world.world import World
-from sdv_jax.train import plan
 from sdv_jax.train.config import Config
-from sdv_jax.train.processes import is_writer, together
 
-SMALL_WORLD = "small_world"
 TRAINED = ("v_prediction", "flow_prediction")  # what a network may predict
-
-
-def datasets(config: Config, cache: Path) -> dict[str, LatentDataset]:
-    """The prepared data a run reads, checked to agree on its VAE and its empty prompt.
-
-    Data of the small world are rendered and encoded once and kept in `cache`, by what made them.
-    """
-    sources = {name: getattr(config.data, name) for name in plan.needed(config)}
-    found = {
-        name: _small_world(config, name, cache) if source == SMALL_WORLD else latents.load(source)
-        for name, source in sources.items() if source
-    }  # fmt: skip
-    first = next(iter(found.values()), None)
-    for name, dataset in found.items():
-        if dataset.scale != first.scale or dataset.empty_text.shape != first.empty_text.shape:
-            raise UserError(
-                f"data.{name} and the other prepared data are of different models: prepare both with the same one"
-            )
-    return found
-
-
-def parts(data: Mapping[str, LatentDataset]) -> dict[str, tuple[Part, ...]]:
-    """Every row of each dataset, for the loader."""
-    return {
-        name: (Part(dataset, np.arange(len(dataset)), 1.0, name, dataset.fingerprint),)
-        for name, dataset in data.items()
-    }
 
 
 def about(config: Config) -> About:
@@ -83,66 +41,6 @@ def about(config: Config) -> About:
     defaults = check_defaults(m.defaults, "model.defaults")
     raw = {"variant": "custom", "scheduler": m.scheduler, "defaults": defaults, "model_index": m.index}
     return About(raw, family, configs, family.traits(configs, raw))
-
-
-def check_data(config: Config, data: Mapping[str, LatentDataset], traits: Traits) -> None:
-    """Raises UserError unless every dataset is what the VAE and the text encoder of this model make."""
-    for name, dataset in data.items():
-        source = getattr(config.data, name)
-        where = f"data.{name} ({source})" if source else f"data.{name}"
-        _check_latents(where, dataset, traits)
-        if (views := dataset.reference_mean.shape[1]) < (wanted := getattr(config, name).references):
-            asked = f"expected {name}.references = {wanted} or more"
-            raise UserError(f"{where}: {views} reference views per example, {asked}")
-        if name == "motion" and config.text_to_video.first_frame and dataset.mean.shape[1] < 2:
-            raise UserError(
-                f"{where}: clips have one latent frame, expected more: a first frame is given "
-                "(text_to_video.first_frame), and the rest is what is learned"
-            )
-        length, width = dataset.text.shape[1], None if dataset.has_token_ids else dataset.text.shape[2]
-        if length != traits.text_length:
-            raise UserError(
-                f"{where}: text has {length} tokens, expected {traits.text_length}, the model's text length; prepare "
-                "it with this model's tokenizer and length"
-            )
-        if width not in (None, traits.text_width):
-            raise UserError(
-                f"{where}: text embeddings have width {width}, expected {traits.text_width}; prepare it with this "
-                "model's text encoder"
-            )
-        if config.model.path:
-            _check_scale(where, dataset.scale, traits.latents, config.model.path)
-
-
-def _check_latents(where: str, dataset: LatentDataset, traits: Traits) -> None:
-    frames, height, width, channels = dataset.mean.shape[1:]
-    g = traits.geometry
-    if channels != g.channels:
-        raise UserError(
-            f"{where}: latents have {channels} channels, expected {g.channels}, the model's; prepare it with this "
-            "model's VAE"
-        )
-    if height % g.patch or width % g.patch:
-        raise UserError(
-            f"{where}: latents are {height} x {width} (height x width), expected multiples of {g.patch}, the "
-            "model's patch_size; prepare it at another resolution"
-        )
-    if frames % g.frame_patch:
-        raise UserError(
-            f"{where}: clips have {frames} latent frames, expected a multiple of {g.frame_patch}, the model's "
-            "patch_size_t; prepare it at another length"
-        )
-
-
-def _check_scale(where: str, found: LatentScale, own: LatentScale, path: str) -> None:
-    for name in ("shift", "scale"):
-        have, want = getattr(found, name), getattr(own, name)
-        if len(have) != len(want) or not np.allclose(have, want, rtol=1e-4, atol=1e-6):
-            have, want = (reprlib.repr(values if len(values) > 1 else values[0]) for values in (have, want))
-            raise UserError(
-                f"{where}: {name} of its latents is {have}, expected {want}, that of the VAE in {path}; prepare it "
-                "with this model's VAE"
-            )
 
 
 def model(config: Config, base: About, *, token_ids: bool, mesh: jax.sharding.Mesh | None = None) -> Denoiser:
@@ -214,32 +112,3 @@ def objective(config: Config, base: About, latents: LatentScale) -> Objective:
         clamps_image=traits.clamps_image, text_dropout=config.text.dropout,
         options=tuple(options(config, base).items()), dtype=jnp.dtype(config.train.dtype), **noise,
     )  # fmt: skip
-
-
-def _small_world(config: Config, name: str, cache: Path) -> LatentDataset:
-    about = repr((name, config.small_world, config.model.path, config.text.train_encoder))
-    folder = cache / f"{name}_{zlib.crc32(about.encode()):08x}"
-    if is_writer() and not (folder / "dataset.json").is_file():
-        latents.save(_render(config, name), folder)
-    together(f"data.{name} is rendered")
-    return latents.load(folder)
-
-
-def _render(config: Config, name: str) -> LatentDataset:
-    path, options = config.model.path, config.small_world
-    if not path:
-        raise UserError(
-            f"config key 'data.{name}' is \"small_world\", which needs model.path for its VAE and tokenizer, found ''"
-        )
-    vae = model_folder.load_component(path, "vae")
-    encode = partial(
-        prepared.dataset,
-        vae,
-        model_folder.about(path).traits.latents,
-        encode_text=TextEncoder(path, embed=not config.text.train_encoder),
-    )
-    if name == "identity":
-        pairs = pool.pair_pool(World(), options.seed, options.pairs)
-        return encode(pairs.target[:, None], pairs.reference[:, None], pairs.captions)
-    clips = pool.clip_pool(World(), options.seed, options.clips, marked=options.marked_clips)
-    return encode(clips.video, clips.video, clips.captions)

@@ -11,9 +11,11 @@ from flax import nnx
 
 from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import adapter_files
+from sdv_jax.data.loading import Mixture
 from sdv_jax.errors import UserError
 from sdv_jax.objectives import denoising
 from sdv_jax.train import loop, plan, setup, state
+from sdv_jax.train.devices import Devices
 from tests.train import tiny
 
 
@@ -22,7 +24,8 @@ def _lines(workdir) -> list[dict]:
 
 
 def _without_time(lines):
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    kept = ("step", "task", "reference", "loss", "grad_norm", "learning_rate")
+    return [{key: line[key] for key in kept if key in line} for line in lines]
 
 
 def _weights(model) -> dict:
@@ -147,6 +150,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_one_line(tmp_path):
         _run(tiny.config(switch__motion_probability=0.0), tmp_path, data=data | {"identity": poisoned})
     assert "\n" not in str(error.value)
     assert not (tmp_path / "checkpoints" / "1").exists()
+    told = json.loads((tmp_path / "not_finite.json").read_text())
+    assert told["step"] == 0 and len(told["batch"]["identity"]) == 4
+    rows = [row["row"] for row in told["batch"]["identity"]]
+    assert len(set(rows)) == 4
+    assert [row["caption"] for row in told["batch"]["identity"]] == [f"caption {row}" for row in rows]
 
 
 def test_missing_data_are_named(tmp_path):
@@ -209,9 +217,10 @@ def test_frozen_text_encoder_stays(tmp_path):
 def test_tasks_are_those_of_the_schedule(unbroken):
     config = tiny.config()
     objective = setup.objective(config, setup.about(config), tiny.SCALE)
-    schedule = plan.make(config, tiny.data(), objective, jax.random.key(0))
+    parts = {name: Mixture.of(dataset, name).parts() for name, dataset in tiny.data().items()}
+    schedule = plan.make(config, parts, objective, jax.random.key(0), Devices.of(config.mesh))
     assert [line["task"] for line in _lines(unbroken[0])] == [schedule.task(i)["task"] for i in range(6)]
-    counts = schedule.position(6)
+    counts = schedule.data_state(6)["position"]
     assert (
         counts["motion"] == sum(line["task"] == "motion" for line in _lines(unbroken[0])) and sum(counts.values()) == 6
     )

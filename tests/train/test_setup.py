@@ -3,9 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from sdv_jax.data.loading import Mixture
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import LatentScale
-from sdv_jax.train import loop, setup
+from sdv_jax.train import datasets, loop, setup
 from tests.train import tiny
 
 BASE = "models/small-world-cogvideox"
@@ -20,6 +21,10 @@ def _resized(dataset, *, moments=(), text=None):
     if text:
         changes |= {"text": np.zeros((len(dataset), *text), np.float32), "empty_text": np.zeros(text, np.float32)}
     return dataclasses.replace(dataset, **changes)
+
+
+def _mixtures(data):
+    return {name: Mixture.of(dataset, "clips") for name, dataset in data.items()}
 
 
 @pytest.mark.parametrize(
@@ -47,16 +52,16 @@ def test_the_scale_is_that_of_the_vae_of_the_model():
     traits = dataclasses.replace(setup.about(tiny.config()).traits, latents=LatentScale.factor(0.685671))
     dataset = tiny.data()["motion"]
     with pytest.raises(UserError, match=r"data.motion \(clips\): scale of its latents is 0.7, expected 0.68567"):
-        setup.check_data(config, {"motion": dataset}, traits)
+        datasets.check(config, _mixtures({"motion": dataset}), traits)
     per_channel = LatentScale((0.1,) * 4, (0.685671,) * 4)
     with pytest.raises(UserError, match=r"shift of its latents is \(0.1, 0.1, 0.1, 0.1\), expected 0.0"):
-        setup.check_data(config, {"motion": dataclasses.replace(dataset, scale=per_channel)}, traits)
+        datasets.check(config, _mixtures({"motion": dataclasses.replace(dataset, scale=per_channel)}), traits)
     own = dataclasses.replace(dataset, scale=LatentScale.factor(0.685671))
-    setup.check_data(config, {"motion": own}, traits)
+    datasets.check(config, _mixtures({"motion": own}), traits)
 
 
 def test_token_ids_need_the_length_of_the_model():
     config, traits = tiny.config(), setup.about(tiny.config()).traits
-    setup.check_data(config, tiny.data(token_ids=True), traits)
+    datasets.check(config, _mixtures(tiny.data(token_ids=True)), traits)
     with pytest.raises(UserError, match="text has 3 tokens, expected 4"):
-        setup.check_data(config, tiny.data(token_ids=True), dataclasses.replace(traits, text_length=4))
+        datasets.check(config, _mixtures(tiny.data(token_ids=True)), dataclasses.replace(traits, text_length=4))

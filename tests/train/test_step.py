@@ -3,33 +3,37 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sdv_jax.data.loading import Mixture
 from sdv_jax.train import plan, setup, state, step
+from sdv_jax.train.devices import Devices
 from tests.train import tiny
 
-KEY = jax.random.key(0)
+KEY, GO = jax.random.key(0), jnp.zeros(1, jnp.int32)
 
 
 def _setup(**settings):
     config, data = tiny.config(**settings), tiny.data()
     base = setup.about(config)
-    planned = plan.make(config, data, setup.objective(config, base, tiny.SCALE), KEY)
+    parts = {name: Mixture.of(dataset, name).parts() for name, dataset in data.items()}
+    planned = plan.make(config, parts, setup.objective(config, base, tiny.SCALE), KEY, Devices(None))
     graph, trained, frozen = state.split(setup.model(config, base, token_ids=False), mode="lora", train_encoder=False)
     tx = optax.sgd(0.1)
     run = step.make(graph, planned.losses["identity"], tx, lambda _: 0.1, ema_decay=0.9)
     trained = jax.tree.map(lambda leaf: leaf + 0.1, trained)  # B starts at zero, where dropout would not show
-    batch = {"identity": planned.batches.streams["identity"][0]}
+    rows = {"identity": planned.batches.streams["identity"].batch(0, np.arange(4))}
+    batch = Devices(None).put_batch(rows, parts=1)
     return run, lambda at: state.create(trained, tx, ema=True)._replace(step=jnp.int32(at)), frozen, batch
 
 
 def test_a_step_is_a_function_of_key_and_step_and_dropout_takes_part():
     run, start, frozen, batch = _setup(lora__dropout=0.5)
     empty = jnp.zeros((3, 8))
-    losses = {at: float(run(start(at), frozen, KEY, batch, empty)[1]["loss"]) for at in (0, 1)}
-    assert float(run(start(0), frozen, KEY, batch, empty)[1]["loss"]) == losses[0] != losses[1]
+    losses = {at: float(run(start(at), frozen, KEY, batch, empty, GO)[1]["loss"]) for at in (0, 1)}
+    assert float(run(start(0), frozen, KEY, batch, empty, GO)[1]["loss"]) == losses[0] != losses[1]
     without, start, frozen, batch = _setup(lora__dropout=0.0)
     before = start(0)
     old = jax.tree.map(np.asarray, before.trained)
-    after, metrics = without(before, frozen, KEY, batch, empty)
+    after, metrics = without(before, frozen, KEY, batch, empty, GO)
     assert float(metrics["loss"]) != losses[0]
     assert int(after.step) == 1
     # The first average is 9/10 new: min(0.9, (1 + 0) / (10 + 0)) of the old one stays.

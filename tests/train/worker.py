@@ -1,27 +1,34 @@
-"""One process of a tiny run, for tests that need several, or one that can be killed.
+"""One process of a small run, for tests that need several, or one that can be killed.
 
-    python -m tests.train.worker WORKDIR SETTINGS_JSON DEVICES [PORT COUNT INDEX]
+    python -m tests.train.worker WORKDIR SETTINGS_JSON DEVICES tiny|tiny_wan|small_world [PORT COUNT INDEX]
 
-SETTINGS_JSON are dotted config keys over tests/train/tiny.py's, with "family" for which tiny model.
+SETTINGS_JSON are dotted config keys: over tests/train/tiny.py's or tiny_wan.py's, or over
+configs/small_world_cogvideox.py.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
 
 
-def main(workdir: str, settings: str, devices: str, *job: str) -> int:
+def main(workdir: str, settings: str, devices: str, source: str, *job: str) -> int:
     jax.config.update("jax_num_cpu_devices", int(devices))
     from sdv_jax import training
+    from sdv_jax.train import config as configs
     from sdv_jax.train import loop
     from tests.train import tiny, tiny_wan
 
     given = json.loads(settings)
-    family = {"cogvideox": tiny, "wan": tiny_wan}[given.pop("family", "cogvideox")]
-    config = family.config(**given)
-    training.train = lambda config, workdir: loop.run(config, Path(workdir), data=family.rows(config), shown=False)
+    if source == "small_world":
+        config, run = configs.load("configs/small_world_cogvideox.py", given), loop.run
+    else:
+        family = {"tiny": tiny, "tiny_wan": tiny_wan}[source]
+        config = family.config(**given)
+        run = partial(loop.run, data=family.rows(config))
+    training.train = lambda config, workdir: run(config, Path(workdir), shown=False)
     port, count, index = job or ("", 1, 0)
     coordinator = f"127.0.0.1:{port}" if port else ""
     return training.run_job(config, workdir, coordinator=coordinator, count=int(count), index=int(index))

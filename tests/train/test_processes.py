@@ -1,0 +1,103 @@
+"""Several processes on one machine, over loopback; and processes that are killed. Short forms of `make torture`."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from sdv_jax.train.heartbeat import PEER_LOST
+from sdv_jax.train.processes import PREEMPTED
+from tests.train import torture
+
+SETTINGS = torture.TINY | {
+    "train.steps": 6, "train.save_every": 3, "validation.rows": 8, "validation.every": 3, "gradients.every": 3,
+    "mesh.fsdp": 4, "train.heartbeat": 20.0,
+}  # fmt: skip
+
+
+def _lines(workdir, name="metrics.jsonl"):
+    return [json.loads(line) for line in (workdir / name).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("jobs")
+
+
+@pytest.fixture(scope="module")
+def two(place):
+    """Two processes of four devices."""
+    torture.unbroken(place / "two", SETTINGS, 2, 4, "tiny")
+    return place / "two"
+
+
+def test_two_processes_train_as_one_and_as_one_device(place, two):
+    for name, devices in (("eight", 8), ("one", 1)):
+        settings = SETTINGS if devices > 1 else SETTINGS | {"mesh.fsdp": 1}
+        torture.unbroken(place / name, settings, 1, devices, "tiny")
+        for file, keys in (("metrics.jsonl", ("loss", "grad_norm")), ("gradients.jsonl", ("cosine", "norm_motion"))):
+            for ours, theirs in zip(_lines(two, file), _lines(place / name, file), strict=True):
+                for key in keys:
+                    np.testing.assert_allclose(ours[key], theirs[key], rtol=1e-4, err_msg=f"{name} {file} {key}")
+        adapters = [load_file(run / "adapter/pytorch_lora_weights.safetensors") for run in (two, place / name)]
+        for key, value in adapters[0].items():
+            np.testing.assert_allclose(value, adapters[1][key], rtol=1e-3, atol=1e-5, err_msg=key)
+
+
+def test_a_checkpoint_of_two_processes_goes_on_on_one_device(place, two):
+    """Another mesh, another number of processes: the same run to float tolerance."""
+    workdir = place / "moved"
+    for process in (job := torture.start(workdir, SETTINGS | {"train.steps": 6}, 2, 4, "tiny")):
+        process.send_signal(0)
+    while not (workdir / "checkpoints" / "3").is_dir():
+        assert all(process.poll() in (None, 0) for process in job)
+        time.sleep(0.02)
+    for process in job:
+        process.kill()
+    torture.wait(job)
+    torture.unbroken(workdir, SETTINGS | {"mesh.fsdp": 1}, 1, 1, "tiny")
+    assert "goes on with changed settings: mesh.fsdp 4 -> 1" in workdir.with_suffix(".log").read_text()
+    for ours, theirs in zip(_lines(workdir), _lines(two), strict=True):
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
+
+
+def test_a_signal_to_one_process_stops_both_at_one_step_with_a_checkpoint(place):
+    workdir = place / "preempted"
+    job = torture.start(workdir, SETTINGS | {"train.steps": 4000, "train.save_every": 4000}, 2, 4, "tiny")
+    while torture._size(workdir) == 0:
+        assert all(process.poll() is None for process in job), workdir.with_suffix(".log").read_text()
+        time.sleep(0.02)
+    job[1].send_signal(signal.SIGTERM)
+    assert torture.wait(job) == [PREEMPTED, PREEMPTED]
+    steps = [int(folder.name) for folder in (workdir / "checkpoints").iterdir()]
+    assert steps == [len(_lines(workdir))]
+    assert f"stopped at step {steps[0]} of 4000; the same command resumes" in workdir.with_suffix(".log").read_text()
+
+
+def test_a_dead_process_ends_the_job_with_a_line(place):
+    workdir = place / "dead"
+    settings = SETTINGS | {"train.steps": 100000, "train.save_every": 100000, "train.heartbeat": 5.0}
+    job = torture.start(workdir, settings, 2, 4, "tiny")
+    while torture._size(workdir) == 0:
+        assert all(process.poll() is None for process in job), workdir.with_suffix(".log").read_text()
+        time.sleep(0.02)
+    job[1].send_signal(signal.SIGSTOP)  # alive for the system, silent for the others: the hardest kind of dead
+    began = time.monotonic()
+    status = job[0].wait(60)
+    assert status == PEER_LOST and time.monotonic() - began < 30
+    job[1].kill()
+    torture.wait(job)
+    told = workdir.with_suffix(".log").read_text()
+    assert "process 1 (host " in told and "has not been heard of for 5 s" in told and "start all processes" in told
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills_change_nothing(place, processes):
+    settings = torture.TINY | {"train.steps": 16}
+    shape = (processes, 4, "tiny")
+    torture.unbroken(place / f"whole{processes}", settings, *shape)
+    torture.killed(place / f"killed{processes}", settings, *shape, kills=2, seed=processes)
+    assert torture.difference(place / f"killed{processes}", place / f"whole{processes}") is None
