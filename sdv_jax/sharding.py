@@ -16,14 +16,19 @@ Table = Sequence[tuple[str, jax.P]]
 REPLICATED: Table = ((r"", jax.P()),)  # for modules that are small beside a denoiser, such as a VAE
 
 
+def under_mesh() -> bool:
+    """Whether arrays are cut over a mesh here; inside a `shard_map`, which sees one device's part, they are not."""
+    return bool(jax.sharding.get_abstract_mesh().explicit_axes)
+
+
 def reshard(x: Array, spec: jax.P) -> Array:
     """`jax.reshard` under a mesh, the identity without one, so that one code path serves one device and many."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.reshard(x, spec)
+    return jax.reshard(x, spec) if under_mesh() else x
 
 
 def like(x: Array, other: Array) -> Array:
     """`x` with its first axis cut as that of `other` is; fresh random numbers, which are on every device, need it."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if not under_mesh():
         return x
     return jax.reshard(x, jax.P(jax.typeof(other).sharding.spec[0], *(None,) * (x.ndim - 1)))
 

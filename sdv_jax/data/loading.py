@@ -12,6 +12,7 @@ from typing import Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
 from sdv_jax.models.contract import LatentScale
 
@@ -210,6 +211,8 @@ def iterate(batches: StepBatches, start: int, place: Callable, *, workers: int =
     options = grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=0 if workers else _AHEAD)
     dataset = grain.MapDataset.source(batches)[start:].to_iter_dataset(options)
     if workers:
+        if not flags.FLAGS.is_parsed():  # grain asks absl's flags, which only absl's own programs parse
+            flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD))
     dataset = dataset.map(place)
     return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=_AHEAD))

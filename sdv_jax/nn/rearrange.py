@@ -9,6 +9,7 @@ from functools import partial
 import einops
 import jax
 
+from sdv_jax.sharding import under_mesh
 from sdv_jax.typing import Array
 
 
@@ -19,7 +20,7 @@ def rearrange(x: Array, pattern: str, **sizes: int) -> Array:
 
 def by_example(function: Callable[..., Array], *arrays: Array) -> Array:
     """`function(*arrays)`, which treats every example (row of the first axis) on its own, wherever the rows are."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if not under_mesh():
         return function(*arrays)
     rank = len(jax.eval_shape(function, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)).shape)
     rows = jax.P(jax.typeof(arrays[0]).sharding.spec[0], *(None,) * (rank - 1))

@@ -151,9 +151,14 @@ class WandB:
         self.run.finish()
 
 
-def first_start(workdir: Path, *, step: int, write: bool) -> float:
-    """When the run was started for the first time, in seconds since 1970; this start is added to `starts.jsonl`."""
+def since_first_start(workdir: Path, *, step: int, write: bool) -> tuple[float, float]:
+    """(when the run was first started, in seconds since 1970, and how many seconds its steps before `step` took).
+
+    Starts are written down in `starts.jsonl`; what a run did before there was one does not count.
+    """
     path = workdir / "starts.jsonl"
+    before = path.read_text().splitlines() if path.exists() else []
+    counted = _spent(workdir / METRICS, step) if before else 0.0
     if write:
         about = {
             "time": time.time(), "step": step, "processes": jax.process_count(), "devices": jax.device_count(),
@@ -161,13 +166,12 @@ def first_start(workdir: Path, *, step: int, write: bool) -> float:
         }  # fmt: skip
         with path.open("a") as file:
             file.write(json.dumps(about) + "\n")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[0])["time"] if lines else time.time()
+    return (json.loads(before[0])["time"] if before else time.time()), counted
 
 
-def spent(workdir: Path, step: int) -> float:
-    """Seconds that the steps before `step` took, without compiling and waiting for data, as metrics.jsonl has them."""
-    path, total = workdir / METRICS, 0.0
+def _spent(path: Path, step: int) -> float:
+    """Seconds that the steps before `step` took, without compiling and waiting for data."""
+    total = 0.0
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             record = json.loads(line)

@@ -116,8 +116,10 @@ def _run(
     done = start
     try:
         with processes.stop_requests() as signals:
-            while done < stop and not devices.agreed(signals, log.stopping):
+            while done < stop:
                 _watch(watched, current, done, log)
+                if devices.agreed(signals, log.stopping):
+                    break
                 program, asked = schedule.programs[done], time.perf_counter()
                 batch, waited = next(batches), time.perf_counter() - asked
                 cost, compiled = costs.of(program, current.trained, frozen, batch, empty_text, key)
@@ -179,13 +181,13 @@ def _mixtures(data: Mapping[str, Dataset | Mixture]) -> dict[str, Mixture]:
 
 def _log(config: Config, workdir: Path, schedule: plan.Plan, start: int, shown: bool) -> RunLog:
     writes = processes.is_writer()
-    began, boards = logging.first_start(workdir, step=start, write=writes), ()
+    (began, counted), boards = logging.since_first_start(workdir, step=start, write=writes), ()
     if writes:
         boards = (logging.TensorBoard(workdir / "tensorboard", start),)
         if project := config.log.wandb_project:
             boards += (logging.WandB(project, workdir, dataclasses.asdict(config)),)
     peak = throughput.peak_flops(config.train.peak_tflops * 1e12)
-    meter = throughput.Meter(began=began, counted=logging.spent(workdir, start), peak=peak)
+    meter = throughput.Meter(began=began, counted=counted, peak=peak)
     return RunLog(
         workdir, start=start, steps=config.train.steps, log_every=config.train.log_every, meter=meter,
         describe=schedule.batches.describe, writes=writes, shown=shown, boards=boards,

@@ -11,6 +11,7 @@ from flax import nnx
 from sdv_jax.adapters import lora
 from sdv_jax.nn.stack import remat as keeping
 from sdv_jax.objectives.switching import Purpose, step_key
+from sdv_jax.sharding import under_mesh
 from sdv_jax.train.state import TrainState, Tree, join
 from sdv_jax.typing import Array
 
@@ -58,7 +59,7 @@ def make(
 
 def _update(tx: optax.GradientTransformation, gradients: Tree, optimizer: optax.OptState, trained: Tree):
     """`tx.update`, whose results are cut over the mesh as what it was given; in between the compiler may choose."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if not under_mesh():
         return tx.update(gradients, optimizer, trained)
     cuts = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, (gradients, optimizer))
     return jax.sharding.auto_axes(tx.update, out_sharding=cuts)(gradients, optimizer, trained)
