@@ -22,8 +22,8 @@ def get_config() -> ConfigDict:
     model.index = ConfigDict(convert_dict=False)  # without model.path: settings in model_index.json (expand_timesteps)
 
     config.data = data = ConfigDict()
-    data.identity = ""  # prepared subject-image pairs (a folder), or "small_world"
-    data.motion = ""  # prepared captioned clips (a folder), or "small_world"
+    data.identity = ""  # prepared subject-image pairs: a folder, several "a=2,b=1", a raw set's .py, or "small_world"
+    data.motion = ""  # prepared captioned clips, the same
 
     data.workers = 0  # processes that read rows; 0 = a thread
 

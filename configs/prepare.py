@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.source = source = ConfigDict()
     source.format = ""  # subjects200k | pexels | opens2v | folder | text_lists | metadata (docs/data_formats.md)
     source.path = ""  # where the set lies
-    source.options = ConfigDict(convert_dict=False)  # settings of that format, such as least_score
+    source.options = ConfigDict(convert_dict=False)  # settings of that format, such as minimum_score
 
     config.output = output = ConfigDict()
     output.path = ""  # the folder to make or to go on with; its name is the dataset's: letters, digits and _

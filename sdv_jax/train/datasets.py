@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from sdv_jax.checkpoints import model_folder
-from sdv_jax.data import manifest, records
+from sdv_jax.data import manifest, raw, records
 from sdv_jax.data.encoding import TextEncoder
 from sdv_jax.data.latents import LatentDataset
-from sdv_jax.data.loading import Mixture
+from sdv_jax.data.loading import Dataset, Mixture
 from sdv_jax.data.records import Prepared
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import LatentScale, Traits
@@ -28,8 +28,8 @@ SMALL_WORLD = "small_world"
 def load(config: Config, cache: Path) -> dict[str, Mixture]:
     """The prepared data a run reads, checked to agree on their VAE and their empty prompt.
 
-    A name in `data` is a folder, or several with their shares, "a=2,b=1". Data of the small world are rendered and
-    encoded once and kept in `cache`, by what made them.
+    A name in `data` is a folder, or several with their shares, "a=2,b=1". One that ends in .py describes a raw set
+    (`raw.load`). Data of the small world are rendered and encoded once and kept in `cache`, by what made them.
     """
     sources = {name: getattr(config.data, name) for name in plan.needed(config)}
     found = {name: _mixture(config, name, source, cache) for name, source in sources.items() if source}
@@ -50,20 +50,31 @@ def check_agreement(data: Mapping[str, Mixture]) -> None:
 
 
 def _mixture(config: Config, name: str, source: str, cache: Path) -> Mixture:
-    sets, shares = {}, {}
+    shares = {}
     for entry in source.split(","):
-        folder, equals, share = entry.strip().rpartition("=") if "=" in entry else (entry.strip(), "", "1")
+        folder, _, share = entry.strip().rpartition("=") if "=" in entry else (entry.strip(), "=", "1")
         try:
-            shares[folder] = float(share)
+            number = float(share)
         except ValueError:
-            shares[folder] = 0.0
-        if not folder or folder in sets or not 0 < shares[folder] < float("inf"):
+            number = 0.0
+        if not folder or folder in shares or not 0 < number < float("inf"):
             raise UserError(
                 f"config key 'data.{name}': {entry.strip()!r} is not understood; expected FOLDER, or FOLDER=SHARE with "
                 "a share above 0, each folder once, with commas between them"
             )
-        sets[folder] = _small_world(config, name, cache) if folder == SMALL_WORLD else records.load(folder)
-    return Mixture(sets, shares)
+        shares[folder] = number
+    return Mixture({folder: _open(config, name, folder, cache) for folder in shares}, shares)
+
+
+def _open(config: Config, name: str, source: str, cache: Path) -> Dataset:
+    if source == SMALL_WORLD:
+        return _small_world(config, name, cache)
+    if not source.endswith(raw.SUFFIX):
+        return records.load(source)
+    if not config.model.path or config.data.workers:
+        what = "data.workers to be 0" if config.model.path else "model.path, for its VAE and text encoder"
+        raise UserError(f"config key 'data.{name}': {source} is a raw set, encoded while training, and needs {what}")
+    return raw.load(source, model=config.model.path, embed=not config.text.train_encoder)
 
 
 def check(config: Config, data: Mapping[str, Mixture], traits: Traits) -> None:
