@@ -39,3 +39,29 @@ def test_a_step_is_a_function_of_key_and_step_and_dropout_takes_part():
     # The first average is 9/10 new: min(0.9, (1 + 0) / (10 + 0)) of the old one stays.
     for average, new, first in zip(*map(jax.tree.leaves, (after.ema, after.trained, old)), strict=True):
         np.testing.assert_allclose(average, 0.1 * first + 0.9 * new, rtol=1e-5, atol=1e-7)
+
+
+def test_the_gradient_of_parts_is_the_average_of_theirs():
+    """A loss that knows no chance: the same update, whether a batch comes whole or in parts."""
+    config = tiny.config()
+    graph, trained, frozen = state.split(_model(config), mode="lora", train_encoder=False)
+    trained = jax.tree.map(lambda leaf: leaf + 0.1, trained)
+    tx = optax.sgd(0.1)
+
+    def loss(model, batch, empty_text, key):
+        rows, text = batch["identity"]["mean"], batch["identity"]["text"]
+        return jnp.mean(jnp.square(model.transformer(rows, text, jnp.full((rows.shape[0],), 500))))
+
+    run, rows = step.make(graph, loss, tx, lambda _: 0.1, ema_decay=0.9), tiny.dataset(4, frames=1, views=1)
+    found = []
+    for parts in (1, 2, 4):
+        batch = Devices(None).put_batch({"identity": {"mean": rows.mean, "text": rows.text}}, parts=parts)
+        after, metrics = run(state.create(trained, tx, ema=False), frozen, KEY, batch, jnp.zeros((3, 8)), GO)
+        found.append((after.trained, metrics["loss"], metrics["grad_norm"]))
+    for other in found[1:]:
+        for ours, theirs in zip(jax.tree.leaves(other), jax.tree.leaves(found[0]), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-7)
+
+
+def _model(config):
+    return setup.model(config, setup.about(config), token_ids=False)
