@@ -5,13 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml
 
-.PHONY: demo test lint bench base base-cogvideox base-wan clean
+.PHONY: demo test torture lint bench base base-cogvideox base-wan clean
 
 demo: $(VENV)/.installed  ## [FAMILY=cogvideox|wan] convert the shipped base, train the adapter's last stretch, sample held-out subjects, score them
 	$(BIN)/sdv demo --family $(FAMILY)
 
 test: $(VENV)/.tested  ## every test, on the CPU, by two processes
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+
+torture: $(VENV)/.tested  ## kill a small-world run 30 times on one process and on two; it must end bit-equal to an unbroken one
+	$(BIN)/python -m tests.train.torture --processes 1
+	$(BIN)/python -m tests.train.torture --processes 2
 
 lint: $(VENV)/.tested
 	$(BIN)/python -m pip install -q ruff

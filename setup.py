@@ -33,6 +33,8 @@ setup(
         "ftfy>=6.3",  # cleans prompts as Wan's were
         "av>=17.0",
         "pillow>=11.0",
+        "tensorflow-datasets>=4.9.9",  # the layout of prepared data; read and written without tensorflow
+        "array_record>=0.8",
         "pyarrow>=18.0",  # parquet files of published data sets
         "tqdm>=4.66",
         "tensorboardX>=2.6",

@@ -1,7 +1,6 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -94,14 +93,12 @@ def test_changed_settings_are_named_and_only_harmless_ones_are_taken(workdir, ca
     _run(workdir, **{"train.steps": 8, "train.log_every": 3})
     told = capsys.readouterr().err
     assert "goes on with changed settings: train.steps 6 -> 8, train.log_every 10 -> 3" in told
-    with pytest.raises(UserError, match="other settings .optimizer.learning_rate 0.01 -> 0.5, lora.dropout 0.0 -> 0.1"):
-        _run(workdir, **{"optimizer.learning_rate": 0.5, "lora.dropout": 0.1})
+    with pytest.raises(UserError, match="lora.dropout 0.0 -> 0.1, optimizer.learning_rate 0.01 -> 0.5"):
+        _run(workdir, **{"train.steps": 8, "optimizer.learning_rate": 0.5, "lora.dropout": 0.1})
 
 
 @pytest.mark.parametrize("policy", ["attention", "offload"])
 def test_what_is_recomputed_does_not_change_the_numbers(finished, tmp_path, policy):
-    if policy == "offload" and jax.default_backend() == "cpu":
-        pytest.importorskip("jax")
     _run(tmp_path, **{"train.remat": policy})
     np.testing.assert_allclose(_losses(tmp_path), _losses(finished), rtol=1e-6)
 
