@@ -19,7 +19,7 @@ def split(config: Config, parts: Mapping[str, tuple[Part, ...]]) -> tuple[dict[s
     measured, sizes = set(plan.measured_on(config).values()), plan.batch_sizes(config)
     if not rows and (config.validation.every or config.gradients.every):
         raise UserError("config key 'validation.rows' is 0: validation and gradients are measured on held-out rows")
-    for name in measured & set(parts) if rows else ():
+    for name in sorted(measured & set(parts)) if rows else ():
         largest = max(range(len(parts[name])), key=lambda i: len(parts[name][i].indices))
         part = parts[name][largest]
         if rows < sizes[name]:

@@ -1,6 +1,7 @@
 """What a run writes while it runs: metrics.jsonl (a line per step), TensorBoard or W&B, a progress bar."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -130,16 +131,18 @@ class TensorBoard:
         self.writer.close()
 
 
+def check_boards(wandb_project: str) -> None:
+    """Raises UserError where a board is asked for that is not installed."""
+    if wandb_project and not importlib.util.find_spec("wandb"):
+        raise UserError("config key 'log.wandb_project': wandb is not installed; pip install wandb, or leave it empty")
+
+
 class WandB:
     """Scalars to a project of Weights & Biases; one run per workdir, which a restart goes on with."""
 
     def __init__(self, project: str, workdir: Path, config: Mapping):
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError(
-                "config key 'log.wandb_project': wandb is not installed; pip install wandb, or leave it empty"
-            ) from error
+        import wandb
+
         self.run = wandb.init(
             project=project, name=workdir.name, id=workdir.name, dir=str(workdir), config=dict(config), resume="allow"
         )

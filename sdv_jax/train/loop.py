@@ -76,6 +76,7 @@ def _run(
 ) -> Result:  # fmt: skip
     # ---- Data, model, plan ------------------------------------------------------------------------------------------
     c, key, base = config.train, plan.run_key(config), setup.about(config)
+    logging.check_boards(config.log.wandb_project)
     datasets.check(config, data, base.traits)
     first = next(iter(data.values()), None)
     objective = setup.objective(config, base, first.scale if first else base.traits.latents)

@@ -1,10 +1,13 @@
 import json
+import sys
+import time
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 
 from sdv_jax.errors import UserError
-from sdv_jax.train.logging import RunLog, Step, truncate
+from sdv_jax.train.logging import RunLog, Step, TensorBoard, WandB, since_first_start, truncate
 from sdv_jax.train.throughput import Cost, Meter
 
 
@@ -54,3 +57,53 @@ def test_truncation_keeps_the_past_only(tmp_path):
     path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(5)) + '{"step": 5, "lo')
     truncate(path, 3)
     assert _steps(tmp_path) == [0, 1, 2]
+
+
+def test_scalars_go_to_every_board_at_log_every(tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        log, finish = staticmethod(lambda scalars, step: calls.append((step, scalars))), staticmethod(lambda: None)
+
+    fake = SimpleNamespace(init=lambda **options: calls.append(options) or Run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    board = WandB("subjects", tmp_path, {"train": {"steps": 3}})
+    log = _log(tmp_path, boards=(TensorBoard(tmp_path / "tensorboard", 0), board))
+    for number in range(2):
+        log.write(_step(number), _metrics(2.0))
+    log.flush()
+    log.close()
+    options, *points = calls
+    assert options["project"] == "subjects" and options["resume"] == "allow" and options["id"] == tmp_path.name
+    assert [step for step, _ in points] == [0, 1]
+    assert points[0][1]["motion/loss"] == 2.0 and "motion/tokens_per_second" in points[0][1]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_stop_asked_for_on_any_device_is_heard_one_step_late(tmp_path):
+    log = _log(tmp_path)
+    log.write(_step(0), _metrics(1.0, stop=1))
+    assert not log.stopping
+    log.write(_step(1), _metrics(1.0))
+    assert log.stopping
+    log.close()
+
+
+def test_a_process_that_does_not_write_leaves_nothing_but_stops_all_the_same(tmp_path):
+    log = _log(tmp_path, writes=False)
+    log.write(_step(0), _metrics(float("nan")))
+    with pytest.raises(UserError, match="stopped at step 0"):
+        log.flush()
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_goodput_begins_with_the_first_start_that_was_written_down(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "seconds": 5.0}\n')
+    began, counted = since_first_start(tmp_path, step=1, write=True)
+    assert counted == 0 and abs(began - time.time()) < 5
+    lines = [{"step": 0, "seconds": 5.0, "data_wait": 0.2}, {"step": 1, "seconds": 9.0, "compiled": True},
+             {"step": 2, "seconds": 1.0}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    again, counted = since_first_start(tmp_path, step=2, write=True)
+    assert again == pytest.approx(began, abs=1) and counted == 4.0
