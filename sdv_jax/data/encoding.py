@@ -149,7 +149,8 @@ def batches(rows: np.ndarray, size: int):
     """(batch, how many of its rows are real): `size` rows at a time, the last batch filled up with its last row."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
-        yield np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)]), len(part)
+        missing = size - len(part)  # a full batch is not copied: clips are large
+        yield np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part, len(part)
 
 
 def _rounded(size: int, devices: int) -> int:

@@ -336,7 +336,8 @@ class _Work:
         if not found:
             return
         video, pictures = self._encoders.video, self._job.config.work.pictures
-        mean, logvar = video(np.stack([sample.target for sample in found]), batch_size=self._at_once(size))
+        clips = np.stack([sample.target for sample in found]) if len(found) > 1 else found[0].target[None]
+        mean, logvar = video(clips, batch_size=self._at_once(size))
         views = video(np.concatenate([sample.references for sample in found])[:, None], batch_size=pictures)
         reference_mean, reference_logvar = (moment.reshape(len(found), -1, *moment.shape[2:]) for moment in views)
         captions = [sample.caption for sample in found]
