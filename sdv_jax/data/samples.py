@@ -14,6 +14,7 @@ from sdv_jax.data.decode import Size, probe, read_clip, read_crops, read_picture
 from sdv_jax.data.importers.item import Clip, Importer, Item, Picture, Rejected
 
 REFERENCES = ("target", "views")
+_SHORT = ("too short", "damaged video")  # for which a bucket of fewer frames may do
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
@@ -105,7 +106,7 @@ def _target(item: Item, recipe: Recipe) -> tuple[Size, UInt8[np.ndarray, "t h w 
         try:
             return size, read_clip(item.target, size, fps=recipe.fps), found.duration, rng
         except Rejected as rejected:  # a damaged end shows only now; a bucket of fewer frames may do without it
-            if rejected.reason != "too short" or size is able[-1]:
+            if rejected.reason not in _SHORT or size is able[-1]:
                 raise
     raise AssertionError("unreachable: the loop returns or raises")
 
