@@ -4,7 +4,9 @@ Each writes a counter to a file of its own in the workdir, which all share, and 
 not changed for `timeout` seconds is dead or cut off: a line says which, and this process ends with `PEER_LOST`.
 """
 
+import ctypes
 import os
+import signal
 import socket
 import sys
 import threading
@@ -16,6 +18,11 @@ import jax
 
 PEER_LOST = 76  # exit status: another process is gone; start all of them again
 _DONE = "done"
+_ABORTED = (
+    "the connection to the first process of the job is lost: it died, or its host or network did; start all processes "
+    "again, they go on from the newest checkpoint"
+)
+_on_abort = None  # ctypes does not keep what C may still call
 _BEATS = 8  # per timeout
 
 
@@ -90,6 +97,16 @@ class Heartbeat:
     def _host(said: str) -> str:
         words = said.split()
         return f"host {words[2]}" if len(words) > 2 else "never seen"
+
+
+def explain_aborts() -> None:
+    """Makes an abort of this process end with a line and `PEER_LOST` instead of a signal.
+
+    When the first process is gone, JAX's runtime calls abort() in a thread of its own, where no Python code is asked.
+    """
+    global _on_abort
+    _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: end(_ABORTED))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
 
 
 def end(message: str) -> None:

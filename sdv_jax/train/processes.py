@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sdv_jax.errors import UserError
+from sdv_jax.train.heartbeat import explain_aborts
 
 PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; the same command goes on (sysexits' TEMPFAIL)
 _PATIENCE = 10  # how many times longer JAX itself waits for a silent process than our own watch, which says more
@@ -28,6 +29,7 @@ def join(coordinator: str, count: int | None, index: int | None, *, timeout: flo
         if not 0 <= index < count:
             raise UserError(f"--process is {index}, expected 0 to {count - 1} (--processes {count})")
         given = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
+    explain_aborts()
     try:
         jax.distributed.initialize(
             **given, initialization_timeout=int(timeout), heartbeat_timeout_seconds=int(_PATIENCE * timeout)

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -86,9 +87,16 @@ def difference(ours: Path, theirs: Path) -> str | None:
         pairs = zip(ours_lines, theirs_lines, strict=False)
         return f"metrics.jsonl: {next((pair for pair in pairs if pair[0] != pair[1]), 'lengths')}"
     last = str(max(int(folder.name) for folder in (theirs / "checkpoints").iterdir() if folder.name.isdecimal()))
+    return _leaf_difference(*(_state(run / "checkpoints" / last / "state") for run in (ours, theirs)))
+
+
+def _state(folder: Path):
+    """The arrays of a checkpoint on this process's device, however they were spread."""
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with ocp.StandardCheckpointer() as reader:
-        states = [reader.restore((run / "checkpoints" / last / "state").resolve()) for run in (ours, theirs)]
-    return _leaf_difference(*states)
+        stored = reader.metadata(folder.resolve()).item_metadata.tree
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), stored)
+        return reader.restore(folder.resolve(), like)
 
 
 def wait(job: list[subprocess.Popen]) -> list[int]:
