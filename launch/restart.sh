@@ -17,7 +17,7 @@ newest_checkpoint() {
 decide() {
     local status=$1 workdir=$2 starts=$3 note=$4 newest at=-1 count=0
     case $status in
-    0) echo done ;;
+    0) echo "done" ;;
     2) echo stop ;;
     75) echo again ;;
     *)
