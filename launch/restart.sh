@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Whether a run that ended is started again. Sourced by the launchers; needs bash.
 #
 #   decide STATUS WORKDIR STARTS NOTE

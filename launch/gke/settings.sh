@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # Settings of the YAML files beside this; submit.sh puts them in. Edit.
 NAME=subject                              # of the run; at most 30 letters, digits and -
 NAMESPACE=default

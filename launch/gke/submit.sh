@@ -3,8 +3,10 @@
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 set -a
-. "${SETTINGS:-$here/settings.sh}"
+# shellcheck source=settings.sh
+. "$here/settings.sh"
 # Device numbers of a node, 0,1,...: JAX takes all of them for the one process of a node.
+# shellcheck disable=SC2034
 GPU_IDS=$(seq -s, 0 $((GPUS_PER_NODE - 1)))
 set +a
 show=false
@@ -13,6 +15,7 @@ if [[ ${1-} == --show ]]; then
     shift
 fi
 file=${1:?submit.sh [--show] FILE.yaml}
+# shellcheck disable=SC2016
 for name in $(grep -o '\${[A-Z_]*}' "$file" | sort -u | tr -d '${}'); do
     [[ -n ${!name-} ]] || { echo "submit.sh: $name is not set in settings.sh" >&2; exit 2; }
 done
