@@ -5,8 +5,7 @@ aside, LoRA on both attentions and the feed-forward layers. Data: pairs and clip
 81 frames at 16 per second. Not run at full size.
 
     sdv convert Wan2.2-TI2V-5B models/wan2.2-ti2v-5b --dtype bfloat16
-    sdv train --config configs/wan22_5b_subject.py --workdir runs/subject \\
-        --config.data.identity=data/pairs --config.data.motion=data/clips
+    sdv train --config configs/wan22_5b_subject.py --workdir runs/subject
 """
 
 from configs import cogvideox_5b_subject
