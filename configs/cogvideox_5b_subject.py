@@ -5,8 +5,10 @@ reports 288 A100-hours in all. This configuration has not been run at full size,
 pairs and clips prepared at 480 × 720, clips of 49 frames at 8 per second.
 
     sdv convert CogVideoX-5b models/cogvideox-5b --dtype bfloat16
-    sdv prepare --config configs/prepare_subjects200k.py --config.source.path=Subjects200K
-    sdv prepare --config configs/prepare_pexels.py --config.source.path=pexels
+    sdv prepare --config configs/prepare_subjects200k.py --config.source.path=Subjects200K \\
+        --config.model.path=models/cogvideox-5b --config.output.path=data/pairs
+    sdv prepare --config configs/prepare_pexels.py --config.source.path=pexels \\
+        --config.model.path=models/cogvideox-5b --config.output.path=data/clips
     sdv train --config configs/cogvideox_5b_subject.py --workdir runs/subject
 
 Batches are the paper's, over all devices: 256 pairs or 32 clips, computed in parts so that a device holds one clip or
