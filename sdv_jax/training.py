@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import jax
@@ -37,7 +38,7 @@ def run_job(
     """A run from its command line, alone or as process `index` of `count` (`processes.join`); returns its exit status.
 
     0: done. `processes.PREEMPTED`: stopped by a signal, after a checkpoint. `heartbeat.PEER_LOST`: another process is
-    gone. 2: the input is wrong, and a line said how.
+    gone. 2: the input is wrong, and a line said how. With several processes an error in one ends it at once.
     """
     try:
         if coordinator:
@@ -54,6 +55,11 @@ def run_job(
             f"a step across {jax.process_count()} processes failed ({told}): another process died, or the network "
             "broke; start all processes again, they go on from the newest checkpoint"
         )
+    except Exception:
+        if jax.process_count() == 1:
+            raise
+        traceback.print_exc()  # a defect: shown, and not held up by the others, who wait in a collective
+        return _leave(1)
 
 
 def _tell(result: loop.Result, config: Config, workdir: str | Path) -> int:

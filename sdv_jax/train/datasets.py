@@ -20,7 +20,7 @@ from sdv_jax.small_world import pool, prepared
 from sdv_jax.small_world.world import World
 from sdv_jax.train import plan
 from sdv_jax.train.config import Config
-from sdv_jax.train.processes import is_writer, together
+from sdv_jax.train.processes import is_writer, wait_for
 
 SMALL_WORLD = "small_world"
 
@@ -149,7 +149,7 @@ def _small_world(config: Config, name: str, cache: Path) -> Prepared:
     folder = cache / f"{name}_{zlib.crc32(about.encode()):08x}"
     if is_writer() and not (folder / manifest.FILE).is_file():
         records.save(folder, _render(config, name))
-    together(f"data.{name} is rendered")
+    wait_for(folder / manifest.FILE)
     return records.load(folder)
 
 

@@ -147,7 +147,6 @@ def _run(
     model = state.join(graph, adapter, frozen)
     if finished and c.mode == "lora" and processes.is_writer():
         record.save_adapter(workdir / "adapter", model, config, base)
-    processes.together("the adapter is written")
     return Result(done, finished, model, None if finished or not signals else signals[0])
 
 

@@ -13,7 +13,7 @@ from sdv_jax.objectives.denoising import Denoiser
 from sdv_jax.train import config as configs
 from sdv_jax.train import setup
 from sdv_jax.train.config import Config
-from sdv_jax.train.processes import is_writer, together
+from sdv_jax.train.processes import is_writer
 
 # What may change when a run is resumed: its length, its housekeeping, and where things lie.
 FREE = (
@@ -41,7 +41,6 @@ def claim(workdir: Path, config: Config) -> None:
             )
         if changed and is_writer():
             print(f"sdv: {workdir} goes on with changed settings: {', '.join(changed.values())}", file=sys.stderr)
-    together("the settings are compared")
     if is_writer():
         with replacing(path, what="config") as fresh:
             fresh.write_text(config.json())

@@ -43,6 +43,7 @@ def start(workdir: Path, settings: dict, processes: int, devices: int, source: s
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"), "PYTHONPATH": str(ROOT),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=300",  # a busy machine is not a dead one
     }  # fmt: skip
     command = [sys.executable, "-m", "tests.train.worker", str(workdir), json.dumps(settings), str(devices), source]
     port = _free_port()
@@ -114,7 +115,8 @@ def _progress(workdir: Path, job: list[subprocess.Popen]) -> bool:
     before, end = _size(workdir), time.monotonic() + _PATIENCE
     while time.monotonic() < end:
         if any(process.poll() is not None for process in job):
-            assert [process.poll() for process in job].count(0) == len(wait(job)), "a process ended by itself"
+            found = wait(job)
+            assert set(found) == {0}, f"ended by itself with {found}: {workdir.with_suffix('.log').read_text()[-3000:]}"
             return False
         if _size(workdir) != before:
             return True

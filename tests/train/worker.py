@@ -16,6 +16,8 @@ import jax
 
 def main(workdir: str, settings: str, devices: str, source: str, *job: str) -> int:
     jax.config.update("jax_num_cpu_devices", int(devices))
+    # Many simulated devices on few cores: two programs in flight can each hold the threads that the other waits for.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     from sdv_jax import training
     from sdv_jax.train import config as configs
     from sdv_jax.train import loop
