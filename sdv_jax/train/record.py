@@ -67,8 +67,7 @@ def read(workdir: Path) -> Config:
 
 
 def save_adapter(folder: Path, model: Denoiser, config: Config, base: About) -> None:
-    """The trained adapter as a folder that this package and diffusers load; `exports/` in it is what `train.export` asks.
-    """
+    """The trained adapter as a folder that this package and diffusers load, with the files of `train.export` in it."""
     exports = folder / "exports"
     shutil.rmtree(exports, ignore_errors=True)  # of an adapter with fewer steps; a kill now must not leave it beside
     adapter_files.save(
