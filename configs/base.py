@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
     train.save_every = 500  # steps between checkpoints
     train.keep = 2  # checkpoints kept
     train.keep_every = 0  # steps between checkpoints that are kept for good; 0 = none
+    train.export = ()  # styles of the adapter's files for other tools at the end: any of diffusers, comfyui, peft
     train.log_every = 10  # steps between TensorBoard points and progress-bar values (metrics.jsonl has every step)
     train.sample_every = 0  # steps between sample sheets; 0 = none
 

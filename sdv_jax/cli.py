@@ -92,6 +92,11 @@ def _export_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "paths", metavar="MODEL OUT", nargs="+", help="a converted folder and the diffusers folder to make"
     )
+    merging = "add this adapter into MODEL's weights (of any layout) on the way; several times: all of them"
+    command.add_argument("--merge", action="append", default=[], metavar="ADAPTER", help=merging)
+    command.add_argument(
+        "--merge-2", action="append", default=[], metavar="ADAPTER", help="the same for the second expert"
+    )
     command.add_argument("--adapter", help="export this adapter instead; then only OUT.safetensors follows")
     command.add_argument(
         "--format", metavar="diffusers|comfyui|peft", help="key names of the adapter file (default: diffusers)"
@@ -102,6 +107,13 @@ def _export_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    merged = options.merge + options.merge_2
+    if options.adapter and merged:
+        raise UserError("--adapter writes an adapter's file and --merge a model; give one of them")
+    if not options.adapter and options.format is not None:
+        raise UserError("--format is of an adapter's file; give --adapter too, or neither")
+    if not options.adapter and not merged and options.adapter_alpha is not None:
+        raise UserError("--adapter-alpha is of an adapter; give --adapter or --merge too, or neither")
     wanted = 1 if options.adapter else 2
     if len(options.paths) != wanted:
         shape = "--adapter ADAPTER OUT.safetensors" if options.adapter else "MODEL OUT"
@@ -111,9 +123,11 @@ def _export(options: argparse.Namespace) -> None:
 
         format = options.format or "diffusers"
         adapter_files.export(options.adapter, options.paths[0], format=format, alpha=options.adapter_alpha)
+    elif merged:
+        from sdv_jax.checkpoints.merge import merge
+
+        merge(*options.paths, options.merge, options.merge_2, alpha=options.adapter_alpha)
     else:
-        if options.format is not None or options.adapter_alpha is not None:
-            raise UserError("--format and --adapter-alpha are about an adapter; give --adapter too, or neither")
         from sdv_jax.checkpoints.convert import export
 
         export(*options.paths)
@@ -315,7 +329,7 @@ _COMMANDS = {
     "export": (
         _export_arguments,
         _export,
-        "Back to a diffusers pipeline folder, or an adapter to a file for other tools.",
+        "Back to a diffusers pipeline folder, adapters merged if wanted, or an adapter to a file for other tools.",
     ),
     "sample": (_sample_arguments, _sample, "A prompt, and pictures of a subject, to a video."),
     "prepare": (_prepare_arguments, _prepare, "Videos or pictures with captions to what training reads."),

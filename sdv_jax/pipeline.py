@@ -16,7 +16,7 @@ import logging
 import numbers
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import no_type_check
 
 import jax
@@ -401,20 +401,11 @@ def load_pipeline(
         with bars.stage("loading adapter"):
             found[file] = adapter_files.load(parts[name], file, alpha=adapter_alpha)
             _replicate_adapter(parts[name], mesh)
-    options = about.family.options(adapter_adaln or _agreed(found, "adaln_lora") or "all", _agreed(found, "reference"))
+    adaln, reference = adapter_files.agreed(found, "adaln_lora"), adapter_files.agreed(found, "reference")
+    options = about.family.options(adapter_adaln or adaln or "all", reference or about.raw["defaults"].get("reference"))
     return Pipeline(
         about, parts, tokenizer, options=options, dtype=dtype, mesh=mesh, offload=offload, seconds=bars.seconds
     )
-
-
-def _agreed(adapters: Mapping[pathlib.Path, adapter_files.AdapterInfo], key: str):
-    """What the adapters of a pipeline say of how it runs; those that say nothing (None) go along."""
-    values = {file: said for file, info in adapters.items() if (said := getattr(info, key)) is not None}
-    first = next(iter(values.values()), None)
-    if any(value != first for value in values.values()):
-        told = ", ".join(f"{value} in {file}" for file, value in values.items())
-        raise UserError(f"the adapters differ in {key}: {told}; give two of the same training")
-    return first
 
 
 def _adapters(about: About, *given) -> dict[str, pathlib.Path]:

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -27,11 +27,11 @@ from sdv_jax.checkpoints.adapter_reading import (
     HEADER_CONFIG,
     INFO,
     PEFT_CONFIG,
+    PEFT_WEIGHTS,
     WEIGHTS,
     AdapterInfo,
     Contents,
     Module,
-    check_reference,
     find_file,
     finite,
     read,
@@ -40,9 +40,13 @@ from sdv_jax.checkpoints.families import family_of_module
 from sdv_jax.checkpoints.rules.table import Rules
 from sdv_jax.checkpoints.safetensors_io import Output, listing, write_file, write_json
 from sdv_jax.errors import UserError
+from sdv_jax.models.contract import check_reference
 from sdv_jax.nn.linear import LoRA
 
-__all__ = ["FORMATS", "INFO", "WEIGHTS", "AdapterInfo", "export", "find_file", "load", "save"]
+__all__ = [
+    "FORMATS", "INFO", "PEFT_WEIGHTS", "WEIGHTS", "AdapterInfo", "Fitted", "agreed", "export", "find_file", "fit",
+    "load", "save",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +54,29 @@ logger = logging.getLogger(__name__)
 _Located = dict[tuple[str, int | None], tuple[str, Module]]
 # published module name -> (A, B, scale)
 _Arrays = Mapping[str, tuple[np.ndarray, np.ndarray, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A file that fits a model: our layer path -> {block, None outside the stack: its adapter there}."""
+
+    contents: Contents
+    names: LayerNames
+    slots: Mapping[str, Mapping[int | None, Module]]
+
+    @property
+    def weights(self) -> dict[str, Module]:
+        """The adapters by the name of the torch weight that they change."""
+        return {
+            f"{self.names.published(path, block)}.weight": module
+            for path, found in self.slots.items()
+            for block, module in found.items()
+        }
+
+    @property
+    def partly_for_references(self) -> bool:
+        """Whether some of its layers act on reference tokens only."""
+        return _partly_for_references(self.contents.info, self.weights)
 
 
 def load(model: nnx.Module, path: str | os.PathLike, *, alpha: float | None = None) -> AdapterInfo:
@@ -64,21 +91,46 @@ def load(model: nnx.Module, path: str | os.PathLike, *, alpha: float | None = No
     Raises:
       UserError: one line, for a file that cannot be read, that is damaged, or that does not fit `model`.
     """
+    fitted, layers = fit(model, path, alpha=alpha), dict(lora.linears(model))
+    info, rules = fitted.contents.info, fitted.names.rules
+    # Nothing of the model changes before all of the file has been read and found good.
+    stated = info.alpha / info.rank if fitted.contents.stated else None
+    filled = {
+        path: _fill(found, rules, path, layers[path].kernel.shape, stated) for path, found in fitted.slots.items()
+    }
+    lora.remove(model)
+    for path, adapter in filled.items():
+        layers[path].lora = adapter
+    return info
+
+
+def fit(model: nnx.Module, path: str | os.PathLike, *, alpha: float | None = None) -> Fitted:
+    """What the adapter in `path` changes of `model`, whose weights may be shapes; of the file only the header is read.
+
+    Arguments, notes and errors are those of `load`.
+    """
     contents = read(path, alpha)
     file, info, names = contents.file, contents.info, LayerNames.of_model(model)
     if info.family and info.family != names.family:
         raise UserError(f"{file}: an adapter for the family {info.family!r}; this model is {names.family!r}")
     layers = dict(lora.linears(model))
     slots = _fit(contents, names, {path: layer.kernel.shape for path, layer in layers.items()})
-    # Nothing of the model changes before all of the file has been read and found good.
-    stated = info.alpha / info.rank if contents.stated else None
-    filled = {path: _fill(found, names.rules, path, layers[path].kernel.shape, stated) for path, found in slots.items()}
-    lora.remove(model)
-    for path, adapter in filled.items():
-        layers[path].lora = adapter
     _tell_partial(file, slots, layers)
     _tell_other_model(file, info, model)
-    return info
+    return Fitted(contents, names, slots)
+
+
+def agreed(adapters: Mapping[Path, AdapterInfo], key: str):
+    """What the adapters of a pipeline say of how it runs; those that say nothing (None) go along.
+
+    Raises UserError where two differ.
+    """
+    values = {file: said for file, info in adapters.items() if (said := getattr(info, key)) is not None}
+    first = next(iter(values.values()), None)
+    if any(value != first for value in values.values()):
+        told = ", ".join(f"{value} in {file}" for file, value in values.items())
+        raise UserError(f"the adapters differ in {key}: {told}; give two of the same training")
+    return first
 
 
 def save(model: nnx.Module, path: str | os.PathLike, *, targets: Sequence[str] = (), adaln_lora: str = "all",
@@ -124,14 +176,15 @@ def export(adapter: str | os.PathLike, out: str | os.PathLike, *, format: str = 
     contents = read(adapter, alpha)
     names, found = _published(contents, format)
     modules = {names.published(*place): module for place, (_, module) in found.items()}
-    if contents.info.adaln_lora != "all" and any(".norm" in name for name in modules):
-        logger.warning("%s: its adaLN layers are for reference tokens; other tools apply them to every token", out)
+    file = contents.file
+    if _partly_for_references(contents.info, modules):
+        logger.warning("%s: its adaLN layers are for reference tokens; other tools apply them to every token", file)
     if names.renames(format) and ("patch_embedding" in modules or not any("blocks." in name for name in modules)):
-        logger.warning("%s: diffusers does not read an adapter of these layers in this style, only as diffusers", out)
+        logger.warning("%s: diffusers does not read an adapter of these layers in this style, only as diffusers", file)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: (finite(module.a), finite(module.b), module.scale) for name, module in modules.items()}
-        config = _write(out, arrays, names, format, where=str(contents.file), notes=contents.info.notes)
+        config = _write(out, arrays, names, format, where=str(file), notes=contents.info.notes)
         for path in beside:
             write_json(path, config)
     except OSError as error:
@@ -139,6 +192,10 @@ def export(adapter: str | os.PathLike, out: str | os.PathLike, *, format: str = 
 
 
 # MARK: between file and model
+
+
+def _partly_for_references(info: AdapterInfo, names: Iterable[str]) -> bool:
+    return info.adaln_lora != "all" and any(".norm" in name for name in names)
 
 
 def _locate(contents: Contents, names: LayerNames) -> tuple[_Located, list[str]]:

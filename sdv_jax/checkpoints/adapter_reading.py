@@ -14,6 +14,7 @@ import numpy as np
 from sdv_jax.checkpoints.adapter_names import is_delta, parse
 from sdv_jax.checkpoints.safetensors_io import DTYPES, MORE_DTYPES, Tensor, listing, read_header
 from sdv_jax.errors import UserError
+from sdv_jax.models.contract import check_reference
 from sdv_jax.nn.modulation import STREAMS
 
 logger = logging.getLogger(__name__)
@@ -136,17 +137,6 @@ def finite(tensor: Tensor) -> np.ndarray:
     if not np.isfinite(values).all():
         raise UserError(f"{tensor.file}: tensor {tensor.name} holds NaN or infinite values; the adapter is damaged")
     return values
-
-
-def check_reference(value, where: str) -> None:
-    """Raises UserError unless `value` is None or a few texts and finite numbers by name."""
-    kinds = (str, int, float)
-    if value is not None and not (
-        isinstance(value, Mapping)
-        and all(isinstance(key, str) and type(item) in kinds for key, item in value.items())
-        and all(math.isfinite(item) for item in value.values() if not isinstance(item, str))
-    ):
-        raise UserError(f"{where}: reference is {value!r}; expected texts and finite numbers by name, or nothing")
 
 
 # MARK: tensors

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -140,12 +140,27 @@ def export(
     config = model_folder.read_config(folder)
     if not (folder / MODEL_FILE).is_file():
         raise UserError(f"{model}: is a diffusers pipeline folder already; expected a converted model")
-    family = model_folder.family_of(config, folder)
+    outputs = stored_outputs(folder, config)
+    write_pipeline(out, config, outputs, tokenizer=folder / "tokenizer", shard_bytes=shard_bytes, progress=progress)
+
+
+def stored_outputs(folder: Path, config: dict) -> dict[str, list[Output]]:
+    """The torch tensors of every component of a converted folder, read when their turn comes."""
     stored = {name: model_folder.open_stored(folder, name, config) for name in config["config"]}
-    outputs = {
-        name: _outputs(part, config["tensor_dtypes"][name], config["tied"][name]) for name, part in stored.items()
-    }
-    bars = Progress(shown=progress)
+    return {name: _outputs(part, config["tensor_dtypes"][name], config["tied"][name]) for name, part in stored.items()}
+
+
+def write_pipeline(
+    out: str | os.PathLike,
+    config: dict,
+    outputs: Mapping[str, Sequence[Output]],
+    *,
+    tokenizer: Path,
+    shard_bytes: int,
+    progress: bool,
+) -> None:
+    """Writes the diffusers pipeline folder `out`: `config` as `model_folder.read_config` has it, and these tensors."""
+    family, bars = model_folder.family_of(config, Path(out)), Progress(shown=progress)
     with staged(Path(out), needed=sum(o.nbytes for found in outputs.values() for o in found)) as partial:
         for name, found in outputs.items():
             (partial / name).mkdir()
@@ -155,7 +170,7 @@ def export(
             write_json(partial / name / "config.json", config["config"][name])
         (partial / "scheduler").mkdir()
         write_json(partial / "scheduler" / "scheduler_config.json", config["scheduler"])
-        shutil.copytree(folder / "tokenizer", partial / "tokenizer")
+        shutil.copytree(tokenizer, partial / "tokenizer")
         write_json(partial / "model_index.json", config["model_index"])
         if config["defaults"]:
             write_json(partial / diffusers_folder.DEFAULTS_FILE, config["defaults"])

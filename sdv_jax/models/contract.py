@@ -1,6 +1,7 @@
 """What a pipeline and a training run must know of a model beyond its weights, the same questions for every family."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -14,6 +15,7 @@ from sdv_jax.typing import Array, Float, Key
 Latents = Float[Array, "*b c"] | Float[np.ndarray, "*b c"]  # users hold them on the host
 DEFAULTS = {
     "height": int, "width": int, "num_frames": int, "steps": int, "guidance": float, "fps": float, "text_length": int,
+    "reference": Mapping,
 }  # fmt: skip
 
 
@@ -147,12 +149,29 @@ def check_references_before(reference: Mapping | None, family: str) -> None:
             raise UserError(f"{told}, expected {wanted}: {family} takes references before the clip only")
 
 
+def check_reference(value, where: str) -> None:
+    """Raises UserError unless `value` is None or a few texts and finite numbers by name."""
+    kinds = (str, int, float)
+    if value is not None and not (
+        isinstance(value, Mapping)
+        and all(isinstance(key, str) and type(item) in kinds for key, item in value.items())
+        and all(math.isfinite(item) for item in value.values() if not isinstance(item, str))
+    ):
+        raise UserError(f"{where}: reference is {value!r}; expected texts and finite numbers by name, or nothing")
+
+
 def check_defaults(raw: Mapping, where: str) -> dict:
-    """The contents of a model's defaults.json: any of `DEFAULTS`, each a number above 0. Raises UserError."""
+    """The contents of a model's defaults.json: any of `DEFAULTS`. Raises UserError.
+
+    `reference` is where references stand, if not where the family puts them: in models that an adapter was merged into.
+    The others are numbers above 0.
+    """
     if unknown := sorted(set(raw) - set(DEFAULTS)):
         raise UserError(f"{where}: unknown key {', '.join(unknown)}; known: {', '.join(DEFAULTS)}")
     for name, value in raw.items():
-        if DEFAULTS[name] is int:
+        if DEFAULTS[name] is Mapping:
+            check_reference(value, where)
+        elif DEFAULTS[name] is int:
             check_whole(where, name, value)
         elif type(value) not in (int, float) or not 0 < value < float("inf"):
             refuse(where, name, value, "a finite number > 0")

@@ -58,6 +58,7 @@ class Train:
     remat: str = "all"
     heartbeat: float = 60.0
     peak_tflops: float = 0.0
+    export: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +206,7 @@ CHOICES = {
     "optimizer.name": ("adamw", "muon"),
     "optimizer.schedule": ("cosine", "constant"),
 }
+EXPORTS = ("diffusers", "comfyui", "peft")
 PROBABILITIES = (
     "switch.motion_probability", "identity.view_drop", "text.dropout", "text_to_video.image_weight",
     "text_to_video.first_frame",
@@ -238,6 +240,11 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
 
 def _check_choices(config: Config) -> None:
     check_choices(config, CHOICES)
+    if unknown := [style for style in config.train.export if style not in EXPORTS]:
+        known = ", ".join(EXPORTS)
+        raise UserError(f"config key 'train.export': expected some of {known}, found {unknown[0]!r}")
+    if config.train.export and config.train.mode != "lora":
+        raise UserError("config key 'train.export': needs train.mode='lora', found 'full'; set one of the two")
     if config.text.train_encoder and config.train.mode != "full":
         raise UserError(
             "config key 'text.train_encoder': true needs train.mode='full', found 'lora'; set one of the two"

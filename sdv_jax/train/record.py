@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
 from sdv_jax.checkpoints import adapter_files
 from sdv_jax.checkpoints.model_folder import About
+from sdv_jax.checkpoints.staging import staged
 from sdv_jax.data.files import replacing
 from sdv_jax.errors import UserError
 from sdv_jax.objectives.denoising import Denoiser
@@ -18,9 +20,15 @@ from sdv_jax.train.processes import is_writer
 # What may change when a run is resumed: its length, its housekeeping, and where things lie.
 FREE = (
     "train.steps", "train.save_every", "train.keep", "train.keep_every", "train.log_every", "train.sample_every",
-    "train.remat", "train.heartbeat", "train.peak_tflops", "sample.guidance", "validation.every", "validation.bins",
-    "gradients.every", "mesh.fsdp", "log.wandb_project", "data.workers", "model.path", "data.identity", "data.motion",
+    "train.export", "train.remat", "train.heartbeat", "train.peak_tflops", "sample.guidance", "validation.every",
+    "validation.bins", "gradients.every", "mesh.fsdp", "log.wandb_project", "data.workers", "model.path",
+    "data.identity", "data.motion",
 )  # fmt: skip
+
+# What the loaders of each style look for in a folder; to ComfyUI a name is a name.
+_FILES = {
+    "diffusers": adapter_files.WEIGHTS, "comfyui": adapter_files.WEIGHTS, "peft": adapter_files.PEFT_WEIGHTS,
+}  # fmt: skip
 
 
 def claim(workdir: Path, config: Config) -> None:
@@ -58,7 +66,9 @@ def read(workdir: Path) -> Config:
 
 
 def save_adapter(folder: Path, model: Denoiser, config: Config, base: About) -> None:
-    """The trained adapter as files that this package and others load."""
+    """The trained adapter as a folder that this package and diffusers load, with the files of `train.export` in it."""
+    exports = folder / "exports"
+    shutil.rmtree(exports, ignore_errors=True)  # of an adapter with fewer steps; a kill now must not leave it beside
     adapter_files.save(
         model.transformer,
         folder,
@@ -68,6 +78,11 @@ def save_adapter(folder: Path, model: Denoiser, config: Config, base: About) -> 
         variant=base.raw["variant"],
         base=Path(config.model.path).name,
     )
+    if styles := dict.fromkeys(config.train.export):
+        size = (folder / adapter_files.WEIGHTS).stat().st_size
+        with staged(exports, needed=len(styles) * size) as partial:
+            for style in styles:
+                adapter_files.export(folder, partial / style / _FILES[style], format=style)
 
 
 def _flat(config: Config) -> dict[str, object]:
