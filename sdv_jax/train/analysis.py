@@ -148,7 +148,7 @@ def _curves(runs: Sequence[Run]) -> list[Callable[[Axes], None]]:
     def norm(task: str) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
             _lines(axes, runs, lambda run: _series(run.gradients, f"norm_{task}"))
-            _logarithmic(axes)
+            logarithmic(axes)
             tidy(axes, f"norm of the {task} gradient")
 
         return draw
@@ -158,7 +158,7 @@ def _curves(runs: Sequence[Run]) -> list[Callable[[Axes], None]]:
             if len(runs) == 1:
                 _bins(axes, runs[0], task)
             _lines(axes, runs, lambda run: losses(run, task))
-            _logarithmic(axes)
+            logarithmic(axes)
             tidy(axes, f"held-out {task} loss" + ", mean in colour" * (len(runs) == 1))
 
         return draw
@@ -190,7 +190,7 @@ def _bins(axes: Axes, run: Run, task: str) -> None:
     axes.legend(fontsize=6, frameon=False, ncols=2)
 
 
-def _logarithmic(axes: Axes) -> None:
+def logarithmic(axes: Axes) -> None:
     """A logarithmic scale with plain numbers, at 1, 2 and 5."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

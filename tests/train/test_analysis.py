@@ -58,7 +58,7 @@ def test_a_half_written_last_line_is_no_record_yet(tmp_path):
 
 
 def test_blocks_come_in_order_before_layers():
-    assert sorted(GROUPS[::-1], key=analysis._place) == ["block 0", "block 2", "block 10", "blocks.attn1.to_q"]
+    assert sorted(GROUPS, key=analysis._place) == ["block 0", "block 2", "block 10", "blocks.attn1.to_q"]
 
 
 def test_the_command_leaves_a_picture_with_a_map_of_one_run(tmp_path, capsys):
