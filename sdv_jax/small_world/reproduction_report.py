@@ -80,7 +80,7 @@ def report(results: Path, clips: Path, out: Path) -> list[Path]:
 
 def filled(text: str, parts: Mapping[str, str], *, where: Path) -> str:
     """The page with what stands between its markers replaced; every part must have its place, and no other."""
-    names = re.findall(r"<!-- begin (\S+) -->", text)
+    names = re.findall(r"<!-- begin ([\w-]+) -->", text)
     if sorted(names) != sorted(parts):
         odd = sorted(set(names) ^ set(parts)) or sorted(name for name in parts if names.count(name) > 1)
         raise UserError(f"reproduction: {where} should have one '<!-- begin {odd[0]} -->' per part; see {RESULTS}.md")
@@ -292,8 +292,11 @@ def main() -> None:
     parser.add_argument("--clips", type=Path, default=demo.ROOT / "runs" / "reproduction", help="the runs' workdir")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    for path in report(arguments.results, arguments.clips, arguments.out):
-        print(path)
+    try:
+        for path in report(arguments.results, arguments.clips, arguments.out):
+            print(path)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -103,8 +103,9 @@ def plot(runs: Sequence[Run], out: str | Path, *, maps: Sequence[Run] = (), titl
         draw(axes)
     for axes in grid[len(panels) :]:
         axes.axis("off")
-    if len(runs) > 1:
-        grid[0].legend(fontsize=7, frameon=False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        parts[0].legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     if maps:
         shown = parts[1].subplots(1, len(maps), squeeze=False)[0]
         cosines = [group["cosine"] for run in maps for record in run.gradients for group in record["groups"].values()]
@@ -168,12 +169,16 @@ def _curves(runs: Sequence[Run]) -> list[Callable[[Axes], None]]:
 
 
 def _lines(axes: Axes, runs: Sequence[Run], series: Callable[[Run], tuple[list, list]]) -> None:
-    names = list(dict.fromkeys(run.name for run in runs))
-    told = set()
-    for run in runs:
-        colour = COLOURS[names.index(run.name) % len(COLOURS)]
-        axes.plot(*series(run), color=colour, linewidth=1.2, label="_" * (run.name in told) + run.name)
-        told.add(run.name)
+    """A line per name: of several runs of one name their mean where all have records, and each of them faintly."""
+    for number, name in enumerate(dict.fromkeys(run.name for run in runs)):
+        colour, found = COLOURS[number % len(COLOURS)], [series(run) for run in runs if run.name == name]
+        if len(found) > 1:
+            for steps, values in found:
+                axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.4)
+        tables = [dict(zip(steps, values, strict=True)) for steps, values in found]
+        steps = [step for step in tables[0] if all(step in table for table in tables)]
+        mean = [statistics.fmean(table[step] for table in tables) for step in steps]
+        axes.plot(steps, mean, color=colour, linewidth=1.4, label=name)
 
 
 def _series(records: Sequence[dict], key: str) -> tuple[list, list]:
@@ -191,9 +196,9 @@ def _bins(axes: Axes, run: Run, task: str) -> None:
 
 
 def logarithmic(axes: Axes) -> None:
-    """A logarithmic scale with plain numbers, at 1, 2 and 5."""
+    """A logarithmic scale with plain numbers, closer than powers of ten."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
