@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml
 
-.PHONY: demo test torture lint bench base base-cogvideox base-wan clean
+.PHONY: demo test torture lint bench reproduce base base-cogvideox base-wan clean
 
 demo: $(VENV)/.installed  ## [FAMILY=cogvideox|wan] convert the shipped base, train the adapter's last stretch, sample held-out subjects, score them
 	$(BIN)/sdv demo --family $(FAMILY)
@@ -23,6 +23,10 @@ lint: $(VENV)/.tested
 
 bench: $(VENV)/.tested  ## our sampling loop against diffusers, on the CPU
 	$(BIN)/python benchmarks/cpu_sample.py
+
+reproduce: $(VENV)/.installed  ## the paper's ablations in the small world, both families, then docs/reproduction.md: a night or two; resumes
+	$(BIN)/python -m sdv_jax.small_world.reproduction
+	$(BIN)/python -m sdv_jax.small_world.reproduction_report
 
 base: $(VENV)/.installed base-$(FAMILY)  ## [FAMILY=cogvideox|wan] train the shipped base again, from nothing: over an hour, or two and a half
 

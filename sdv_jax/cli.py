@@ -254,7 +254,7 @@ def _sample(options: argparse.Namespace) -> None:
     print(f"{out}  {amount} of {width}x{height}, contact sheet {sheet}")
 
 
-# MARK: prepare, train, demo
+# MARK: prepare, train, analyse, demo
 
 
 def _prepare_arguments(command: argparse.ArgumentParser) -> None:
@@ -307,6 +307,27 @@ def _train(options: argparse.Namespace) -> int:
     )
 
 
+def _analyse_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "workdirs", metavar="WORKDIR", nargs="+", help="of a run that was trained with --config.gradients.every=N"
+    )
+    command.add_argument("--out", metavar="FILE.png", help="the picture (default: gradients.png in the first WORKDIR)")
+
+
+def _analyse(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from sdv_jax.data.files import check_writable
+    from sdv_jax.train import analysis
+
+    runs = analysis.read_all(options.workdirs)
+    out = check_writable(options.out or Path(options.workdirs[0], "gradients.png"), what="picture")
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out {out} does not end in .png; name it {out.with_suffix('.png').name}")
+    analysis.plot(runs, out, maps=runs if len(runs) == 1 else ())
+    print(f"{analysis.table(runs)}\n{out}")
+
+
 def _demo_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workdir", metavar="DIR", help="where the results go (default: runs/demo, or runs/demo-FAMILY)"
@@ -334,6 +355,7 @@ _COMMANDS = {
     "sample": (_sample_arguments, _sample, "A prompt, and pictures of a subject, to a video."),
     "prepare": (_prepare_arguments, _prepare, "Videos or pictures with captions to what training reads."),
     "train": (_train_arguments, _train, "Train an adapter, or a model, as a config file says."),
+    "analyse": (_analyse_arguments, _analyse, "Runs' records of the two tasks' gradients to a picture and a table."),
     "demo": (_demo_arguments, _demo, "The whole path on the small world: train, sample, score."),
 }
 

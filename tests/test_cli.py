@@ -35,7 +35,8 @@ def test_help_imports_nothing_heavy():
         "try:\n    cli.main([{}'--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "heavy = {{'jax', 'numpy', 'torch', 'transformers', 'av', 'PIL'}} & set(sys.modules)\nassert not heavy, heavy"
     )
-    for command in ["", *(f"{name!r}, " for name in ("convert", "export", "sample", "prepare", "train", "demo"))]:
+    names = ("convert", "export", "sample", "prepare", "train", "analyse", "demo")
+    for command in ["", *(f"{name!r}, " for name in names)]:
         done = subprocess.run([sys.executable, "-c", code.format(command)], check=True, capture_output=True, text=True)
         assert done.stdout.startswith("usage: sdv")
 
