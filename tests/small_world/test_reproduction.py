@@ -43,7 +43,7 @@ def record(family: str, row: str, seed: int) -> dict:
     loss = {"loss": 0.2, "bins": [0.1, 0.3]}
     return {
         "family": family, "row": row, "seed": seed, "settings": COMMON | ROWS[row].settings, "scores": found,
-        "validation": [{"step": step, "identity": loss, "motion": loss} for step in (0, 600)], "gradients": gradients,
+        "validation": [{"step": step, "identity": loss, "motion": loss} for step in (0, 800)], "gradients": gradients,
         "minutes": 9.5,
     }  # fmt: skip
 
@@ -169,7 +169,7 @@ def test_without_a_run_the_page_is_that_of_the_repository_or_newer(tmp_path):
     [
         (lambda text: text[:100], "is not a run's record"),
         (lambda text: "[]", "is not a run's record"),
-        (lambda text: text.replace('"train.steps": 600', '"train.steps": 800'), "was trained with train.steps=800"),
+        (lambda text: text.replace('"train.steps": 800', '"train.steps": 900'), "was trained with train.steps=900"),
         (lambda text: text.replace('"wrong"', '"other"'), "lacks clips"),
         (lambda text: text.replace("motion_probability", "p"), "motion_probability"),
     ],
