@@ -16,7 +16,7 @@ MAIN = tuple(row for row, (_, seeds) in ROWS.items() if seeds > 1)
 TITLES = {"cogvideox": "CogVideoX", "wan": "Wan"}
 # The held-out motion loss is that of a run's own motion task: rows that change the task cannot be compared by it.
 SAME_MOTION = tuple(row for row in MAIN if not any(key.startswith("motion.") for key in ROWS[row].settings))
-FOREST = ("identity", "wrong", "moves", "prompt", "clean", "nearer")
+FOREST = ("identity", "owed", "moves", "prompt", "clean", "nearer")
 MAPPED = ("full", "image-only")
 SHOWN = (1, 7, 13, 19)  # trials of the sheet: every moving motion once, over four backgrounds
 _CELL, _GAP, _BLOCK_GAP, _LABEL, _HEAD = 96, 3, 18, 190, 30  # pixels of a sheet

@@ -56,6 +56,12 @@ def _wrong(clips: Clips) -> Parts | None:
     return _all(np.array(clips.wrong["given"]) < np.array(clips.wrong["identity"]))
 
 
+def _owed(clips: Clips) -> Parts | None:
+    if clips.wrong is None:
+        return None
+    return np.array(clips.wrong["identity"]) - clips.of("identity"), _identity(clips)[1]
+
+
 def _moves(clips: Clips) -> Parts:
     asked = np.array([scene.motion != "resting" for scene in clips.trial.scenes])
     return asked & (clips.of("speed") >= World().config.speed / 2), asked  # NaN, no blob to follow, does not move
@@ -90,6 +96,7 @@ MEASURES = {
     "moves": Measure("moves", _moves, "dynamic degree"),
     "prompt": Measure("prompt followed", _prompt, "CLIP-T"),
     "clean": Measure("clean", lambda clips: _all(clips.of("clean")), "motion smoothness"),
+    "owed": Measure("gap closed by the picture", _owed),
     "motion": Measure("motion followed", lambda clips: _all(clips.of("motion"))),
     "speed": Measure("speed, of the base's", _speed),
     "whole": Measure("whole", lambda clips: _all(clips.of("whole"))),

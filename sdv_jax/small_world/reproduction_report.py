@@ -40,11 +40,11 @@ PAPER = {
 BESIDE = tuple(name for name, measure in MEASURES.items() if measure.paper)  # columns next to the paper's
 OURS = tuple(name for name in MEASURES if name not in BESIDE)
 FINDINGS = {  # part of the page -> (row held against the full recipe, measures)
-    "image-only": ("image-only", ("moves", "speed", "motion", "prompt", "clean", "identity", "wrong")),
-    "no-reference": ("no-reference-in-motion", ("identity", "wrong", "moves", "prompt", "clean")),
-    "copying": ("first-frame-no-drop", ("ground", "nearer", "prompt", "identity", "wrong", "moves")),
-    "two-stage": ("two-stage", ("identity", "wrong", "prompt", "moves", "clean")),
-    "video-only": ("video-only", ("identity", "wrong", "moves", "prompt", "clean", "nearer")),
+    "image-only": ("image-only", ("moves", "speed", "motion", "prompt", "clean", "identity", "owed")),
+    "no-reference": ("no-reference-in-motion", ("identity", "owed", "wrong", "moves", "prompt", "clean")),
+    "copying": ("first-frame-no-drop", ("ground", "nearer", "prompt", "identity", "owed", "moves")),
+    "two-stage": ("two-stage", ("identity", "owed", "prompt", "moves", "clean")),
+    "video-only": ("video-only", ("identity", "owed", "moves", "prompt", "clean", "nearer")),
 }
 # Setting of one key -> (row, paper A's DINO-I and dynamic degree; p from its first version).
 MIXES = {
@@ -258,13 +258,13 @@ def _mean(values: Sequence[float], *, digits: int = 2) -> str:
 
 
 def _mixes(families: Mapping[str, Family]) -> str:
-    measures = ("identity", "moves", "clean")
+    measures = ("identity", "owed", "moves", "clean")
     head = ["p", *_heads(measures), "*paper: DINO-I*", "*paper: dynamic degree*"]
     return _grid(head, [[p, *_line(families, row, measures), dino, moves] for p, (row, dino, moves) in MIXES.items()])
 
 
 def _ranks(families: Mapping[str, Family]) -> str:
-    measures = ("identity", "wrong", "moves", "clean")
+    measures = ("identity", "owed", "moves", "clean")
     return _grid(["rank", *_heads(measures)], [[rank, *_line(families, row, measures)] for rank, row in RANKS.items()])
 
 

@@ -104,6 +104,7 @@ def test_measures_on_known_clips(some):
     assert value("base", "identity") == 0 and value("truth", "identity") == 100
     assert value("full", "identity") == pytest.approx(100 * (0.09 - 0.051) / 0.08, abs=2)
     assert value("full", "moves") == value("full", "prompt") == value("full", "wrong") == 100
+    assert value("full", "owed") == pytest.approx(100 * (0.09 - 0.051) / 0.08, abs=2)
     assert value("image-only", "moves") == value("image-only", "speed") == 0
     assert value("image-only", "motion") == pytest.approx(100 * (1 - np.mean(MOVING)))
     assert value("first-frame-no-drop", "ground") == 100 and value("first-frame-no-drop", "nearer") == pytest.approx(90)
