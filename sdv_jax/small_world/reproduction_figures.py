@@ -17,6 +17,7 @@ TITLES = {"cogvideox": "CogVideoX", "wan": "Wan"}
 # The held-out motion loss is that of a run's own motion task: rows that change the task cannot be compared by it.
 SAME_MOTION = tuple(row for row in MAIN if not any(key.startswith("motion.") for key in ROWS[row].settings))
 FOREST = ("identity", "owed", "moves", "prompt", "clean", "nearer")
+SHARES = ("moves", "prompt", "clean")  # of them: shares of clips, drawn from 0 to 100
 MAPPED = ("full", "image-only")
 SHOWN = (1, 7, 13, 19)  # trials of the sheet: every moving motion once, over four backgrounds
 _CELL, _GAP, _BLOCK_GAP, _LABEL, _HEAD = 96, 3, 18, 190, 30  # pixels of a sheet
@@ -70,6 +71,10 @@ def ablations(families: Mapping[str, Family], out: Path) -> None:
                 axes.axvline(full.value, color=colour("full"), linewidth=0.8, linestyle="--")
             for height, row in enumerate(rows):
                 _mark(axes, height, family.estimate(row, measure), "black" if row == "base" else colour(row))
+            if measure in SHARES:
+                axes.set_xlim(-4, 104)
+            else:
+                axes.axvline(0, color="black", linewidth=0.7)
             analysis.tidy(axes, MEASURES[measure].title, x="%")
         line[0].set_yticks(range(len(rows)), rows)
         line[0].set_ylim(len(rows) - 0.5, -0.5)

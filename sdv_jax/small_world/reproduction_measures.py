@@ -102,7 +102,7 @@ MEASURES = {
     "whole": Measure("whole", lambda clips: _all(clips.of("whole"))),
     "wrong": Measure("wrong reference shown", _wrong),
     "ground": Measure("reference's background", _ground),
-    "nearer": Measure("frame 0 nearer to the picture", _nearer),
+    "nearer": Measure("frame 0 nearer to picture", _nearer),
 }
 
 
