@@ -90,7 +90,8 @@ def raw_scores(trial: Trials, video: Float[np.ndarray, "n t h w 3"], *, shift: b
     """Numbers per clip; with `shift` clip i was given the reference of scene i + 1.
 
     identity: error against the scene's own subject; given: against the subject of the reference; speed: pixels per
-    frame; background: the name seen; copied: the mean squared difference between frame 0 and the reference picture.
+    frame; background: the name seen; copied: the mean squared difference between frame 0 and the reference picture;
+    start: where the subject is in frame 0 (x, y).
     """
     given = [*trial.scenes[1:], trial.scenes[0]] if shift else trial.scenes
     pictures = np.roll(trial.reference, -1, axis=0) if shift else trial.reference
@@ -108,6 +109,7 @@ def raw_scores(trial: Trials, video: Float[np.ndarray, "n t h w 3"], *, shift: b
         "whole": scores.whole.tolist(),
         "change": [min(value, 1e9) for value in scores.change.tolist()],
         "speed": [None if np.isnan(seen.velocity).any() else float(np.hypot(*seen.velocity)) for seen in scores.seen],
+        "start": [None if np.isnan(seen.track[0]).any() else seen.track[0].tolist() for seen in scores.seen],
         "copied": np.square(video[:, 0] - pictures / 255).mean(axis=(1, 2, 3)).tolist(),
     }
 
@@ -129,6 +131,7 @@ def _shared(folder: Path, model: Path, trial: Trials) -> tuple[dict, dict]:
     cache = folder / "base.json"
     if not cache.is_file():
         clips = demo.sample_base(model, trial, SAMPLING)
+        np.savez_compressed(folder / "base.npz", **{name: to_uint8(video) for name, video in clips.items()})
         cache.write_text(json.dumps([raw_scores(trial, clips[name]) for name in ("base", "truth")]))
     return tuple(json.loads(cache.read_text()))
 

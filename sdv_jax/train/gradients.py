@@ -18,7 +18,11 @@ TASKS = ("identity", "motion")
 
 
 def make(graph: nnx.GraphDef, losses: Mapping[str, Callable]) -> Callable:
-    """(trained, frozen, {task: batches}, empty_text, key) -> record, see `compare`. `losses` has the two tasks'."""
+    """(trained, frozen, {task: batches}, empty_text, key) -> record, see `compare`. `losses` has the two tasks'.
+
+    The record says for each task too, as "halves_TASK", the cosine between the gradients of the two halves of its
+    batches: where that is near 0, so is every other cosine, for want of rows. None with one batch.
+    """
 
     def gradient(loss):
         def of(trained: Tree, frozen: Tree, batch, empty_text: Array, key: Array) -> Tree:
@@ -29,14 +33,15 @@ def make(graph: nnx.GraphDef, losses: Mapping[str, Callable]) -> Callable:
     programs = {task: gradient(losses[task]) for task in TASKS}
 
     def measure(trained: Tree, frozen: Tree, batches: Mapping[str, Iterable], empty_text: Array, key: Array) -> dict:
-        sums = []
+        means, agreement = [], {}
         for task in TASKS:
-            total, count = jax.tree.map(jnp.zeros_like, trained), 0
+            halves, count = [jax.tree.map(jnp.zeros_like, trained)] * 2, 0
             for count, batch in enumerate(batches[task], start=1):
                 found = programs[task](trained, frozen, batch, empty_text, jax.random.fold_in(key, count - 1))
-                total = _add(total, found)
-            sums.append(_scaled(total, 1 / count))
-        return compare(*sums)
+                halves[count % 2] = _add(halves[count % 2], found)
+            means.append(_scaled(_add(*halves), 1 / count))
+            agreement[f"halves_{task}"] = compare(*halves)["cosine"] if count > 1 else None
+        return compare(*means) | agreement
 
     return measure
 

@@ -78,6 +78,14 @@ def test_gradients_are_those_of_the_two_losses(finished):
     assert told["norm_motion"] == pytest.approx(np.linalg.norm(flat[1]), rel=1e-4)
 
 
+def test_each_task_is_held_against_itself(finished, tmp_path):
+    """Two batches per task: two halves; of one batch there are none."""
+    assert _lines(finished, "gradients.jsonl")[0]["halves_motion"] is None
+    _run(tmp_path, **{"validation.rows": 4, "identity.batch_size": 2, "motion.batch_size": 2, "train.steps": 1})
+    told = _lines(tmp_path, "gradients.jsonl")[0]
+    assert -1 <= told["halves_identity"] <= 1 and told["halves_identity"] != told["halves_motion"]
+
+
 def test_groups_add_up_to_the_whole():
     rng = np.random.default_rng(0)
 
