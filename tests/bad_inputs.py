@@ -134,6 +134,12 @@ def _adapters(folder: pathlib.Path) -> None:
     adapter("fits.safetensors", 32, 1)
     adapter("wider.safetensors", 64, 0)
     adapter("deeper.safetensors", 32, 7)
+    adaln = {
+        f"transformer.transformer_blocks.{block}.norm1.linear.lora_{half}.weight": np.ones(shape, np.float32)
+        for block in range(2)
+        for half, shape in (("A", (2, 8)), ("B", (192, 2)))
+    }
+    save_file(adaln, folder / "one_stream.safetensors", metadata={"sdv_jax.adaln_lora": "reference"})
     save_file({"unet.conv_in.weight": np.ones((2, 2), np.float32)}, folder / "strange.safetensors")
     (folder / "cut.safetensors").write_bytes((folder / "fits.safetensors").read_bytes()[:-100])
 

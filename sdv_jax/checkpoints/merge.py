@@ -17,6 +17,7 @@ from sdv_jax.checkpoints.adapter_reading import Module, finite
 from sdv_jax.checkpoints.model_folder import MODEL_FILE, About
 from sdv_jax.checkpoints.packing import all_finite
 from sdv_jax.checkpoints.safetensors_io import BLOCK_BYTES, SHARD_BYTES, Output, Tensor, rows_of
+from sdv_jax.checkpoints.staging import check_absent
 from sdv_jax.errors import UserError
 
 _STEP_BYTES = BLOCK_BYTES // 4  # of weights that are held in float32, beside their update, at once
@@ -48,6 +49,7 @@ def merge(
         stream only, and an `out` that cannot be written. `out` then does not exist.
     """
     folder = Path(model)
+    check_absent(Path(out))  # told before anything is read
     about = model_folder.about(folder)
     fitted = {}
     for name, paths in (("transformer", adapters), ("transformer_2", adapters_2)):

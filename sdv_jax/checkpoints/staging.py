@@ -12,6 +12,14 @@ from sdv_jax.errors import UserError
 _SLACK = 64 * 2**20  # json files, tokenizer, file system overhead
 
 
+def check_absent(destination: Path) -> Path:
+    """`destination` as an absolute path. Raises UserError if something is there."""
+    destination = destination.absolute()
+    if destination.exists() or destination.is_symlink():
+        raise UserError(f"{destination}: exists already; remove it or choose another destination")
+    return destination
+
+
 @contextmanager
 def staged(destination: Path, *, needed: int) -> Iterator[Path]:
     """Yields a new folder that becomes `destination` when the block ends without an error, and vanishes when it does
@@ -21,9 +29,7 @@ def staged(destination: Path, *, needed: int) -> Iterator[Path]:
     Raises UserError if `destination` exists, its parent cannot be written, or the disk has less than `needed` bytes
     free.
     """
-    destination = destination.absolute()
-    if destination.exists() or destination.is_symlink():
-        raise UserError(f"{destination}: exists already; remove it or choose another destination")
+    destination = check_absent(destination)
     partial = destination.with_name(f".{destination.name}.partial")
     try:
         partial.mkdir(parents=True, exist_ok=True)
