@@ -51,7 +51,9 @@ def test_every_component_can_be_placed(variant, name):
     [
         ("blocks.attn1.to_q.kernel", jax.P(None, "fsdp", None)),
         ("blocks.attn1.to_q.bias", jax.P()),
-        ("blocks.attn1.to_q.lora.a", jax.P()),
+        ("blocks.attn1.to_q.lora.a", jax.P(None, "fsdp", None)),
+        ("blocks.attn1.to_q.lora.b", jax.P(None, None, "fsdp")),
+        ("patch_embed.proj.lora.a", jax.P()),
         ("patch_embed.text_proj.kernel", jax.P("fsdp", None)),
         ("patch_embed.proj.kernel", jax.P()),
     ],
