@@ -95,7 +95,8 @@ def file_inside(root: Path, name, *, where: str) -> Path:
     if os.path.commonpath([base, path]) != base:
         raise Rejected("path outside the set", f"{where}: {name} is not in {root}")
     if not os.path.isfile(path):
-        raise Rejected("file missing", f"{where}: {name} does not exist in {root}")
+        found = "is not a file" if os.path.exists(path) else "does not exist"
+        raise Rejected("file missing", f"{where}: {name} {found} in {root}")
     return Path(path)
 
 
