@@ -40,6 +40,7 @@ def run_job(
     0: done. `processes.PREEMPTED`: stopped by a signal, after a checkpoint. `heartbeat.PEER_LOST`: another process is
     gone. 2: the input is wrong, and a line said how. With several processes an error in one ends it at once.
     """
+    processes.simulate_devices()
     try:
         if coordinator:
             processes.join(coordinator, count, index, timeout=config.train.heartbeat)

@@ -1,5 +1,6 @@
 """One job of several processes: joining them, agreeing on the end, and who writes what they share."""
 
+import os
 import signal
 import threading
 import time
@@ -16,6 +17,17 @@ from sdv_jax.train.heartbeat import explain_aborts
 
 PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; the same command goes on (sysexits' TEMPFAIL)
 _PATIENCE = 10  # how many times longer JAX itself waits for a silent process than our own watch, which says more
+
+
+def simulate_devices() -> None:
+    """Lets several simulated CPU devices of this process, if it has any, wait for each other without a deadlock.
+
+    XLA's threads wait inside collectives: with one thread per device, the work of the last device to arrive can be
+    queued behind those that wait for it, and so can a second program. Call it before any device is touched.
+    """
+    if jax.config.jax_num_cpu_devices > 1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        os.environ.setdefault("NPROC", "32")  # XLA's name for the number of threads
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def join(coordinator: str, count: int | None, index: int | None, *, timeout: float) -> None:

@@ -96,8 +96,8 @@ def test_a_dead_process_ends_the_job_with_a_line(place):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_kills_change_nothing(place, processes):
-    settings = torture.TINY | {"train.steps": 16}
+    settings = torture.TINY | {"train.steps": 24}
     shape = (processes, 4, "tiny")
     torture.unbroken(place / f"whole{processes}", settings, *shape)
-    torture.killed(place / f"killed{processes}", settings, *shape, kills=2, seed=processes)
+    assert torture.killed(place / f"killed{processes}", settings, *shape, kills=2, seed=processes)[0] > 0
     assert torture.difference(place / f"killed{processes}", place / f"whole{processes}") is None

@@ -61,21 +61,25 @@ def unbroken(workdir: Path, settings: dict, processes: int, devices: int, source
 
 def killed(
     workdir: Path, settings: dict, processes: int, devices: int, source: str, *, kills: int, seed: int = 0
-) -> int:
-    """Runs to the end with up to `kills` kills on the way; returns how many came while a checkpoint was written."""
-    rng, in_writing = random.Random(seed), 0
-    for number in range(kills):
+) -> tuple[int, int]:
+    """Runs to the end with up to `kills` kills on the way: how many there were, and how many in a checkpoint's writing.
+
+    Each comes some steps after the last one, so that checkpoints are reached in between.
+    """
+    rng, done, in_writing = random.Random(seed), 0, 0
+    while done < kills:
         job = start(workdir, settings, processes, devices, source)
-        if not _progress(workdir, job):
+        if not all(_progress(workdir, job) for _ in range(rng.randint(1, 6))):
             break
-        in_writing += _strike_time(workdir, job, rng, writing=number % 2 == 1)
+        in_writing += _strike_time(workdir, job, rng, writing=done % 2 == 1)
         victims = job if processes == 1 or rng.random() < 0.5 else [rng.choice(job)]
         for victim in victims:
             victim.kill()
         found = wait(job)
         assert set(found) <= set(_ENDED), f"after a kill: {found}: {workdir.with_suffix('.log').read_text()[-3000:]}"
+        done += 1
     unbroken(workdir, settings, processes, devices, source)
-    return in_writing
+    return done, in_writing
 
 
 def difference(ours: Path, theirs: Path) -> str | None:
@@ -126,7 +130,7 @@ def _progress(workdir: Path, job: list[subprocess.Popen]) -> bool:
 
 def _strike_time(workdir: Path, job: list[subprocess.Popen], rng: random.Random, *, writing: bool) -> bool:
     """Waits for the moment of a kill; returns whether a checkpoint is being written."""
-    end = time.monotonic() + (20 if writing else rng.uniform(0, 2))
+    end = time.monotonic() + (20 if writing else rng.uniform(0, 1))
     while time.monotonic() < end and all(process.poll() is None for process in job):
         if writing and any("tmp" in path.name for path in (workdir / "checkpoints").glob("*")):
             return True
@@ -174,12 +178,11 @@ def main() -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     began, shape = time.perf_counter(), (arguments.processes, 8 // arguments.processes, "small_world")
     unbroken(workdir / "unbroken", SMALL_WORLD, *shape)
-    in_writing = killed(workdir / "killed", SMALL_WORLD, *shape, kills=arguments.kills)
+    kills, in_writing = killed(workdir / "killed", SMALL_WORLD, *shape, kills=arguments.kills)
     found = difference(workdir / "killed", workdir / "unbroken")
-    starts = len((workdir / "killed" / "starts.jsonl").read_text().splitlines())
     minutes = (time.perf_counter() - began) / 60
     print(
-        f"{arguments.processes} processes: {starts} starts, {in_writing} kills during the writing of a checkpoint, "
+        f"{arguments.processes} processes: {kills} kills, {in_writing} of them while a checkpoint was written, "
         f"{minutes:.1f} minutes: " + (f"{found} DIFFERS" if found else "bit-equal to the unbroken run")
     )
     sys.exit(1 if found else 0)

@@ -7,7 +7,6 @@ configs/small_world_cogvideox.py.
 """
 
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,6 @@ import jax
 
 def main(workdir: str, settings: str, devices: str, source: str, *job: str) -> int:
     jax.config.update("jax_num_cpu_devices", int(devices))
-    # Many simulated devices on few cores: XLA's threads wait inside collectives, and with one per device the work of the
-    # last device to arrive can be queued behind them all; two programs in flight can wait for each other's threads.
-    os.environ["NPROC"] = "32"
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
     from sdv_jax import training
     from sdv_jax.train import config as configs
     from sdv_jax.train import loop
