@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
 
     config.output = output = ConfigDict()
     output.path = ""  # the folder to make or to go on with; its name is the dataset's: letters, digits and _
-    output.dtype = "bfloat16"  # of stored moments and embeddings: float32 | bfloat16 | float16
+    output.dtype = "float16"  # of stored moments and embeddings: float32 | float16 | bfloat16 (not numpy's own)
     output.text = "embeddings"  # embeddings | token_ids (for training the text encoder, text.train_encoder)
 
     config.samples = samples = ConfigDict()

@@ -243,8 +243,15 @@ class ShardWriter:
         self._sum, self._count = hashlib.sha256(), 0
 
     def write(self, arrays: Mapping[str, np.ndarray], *, key: str, caption: str, provenance: Mapping) -> None:
-        """Adds one record; arrays are rounded to the dtypes of the bucket."""
-        record = {name: np.asarray(arrays[name], feature.dtype) for name, feature in self._features.items()}
+        """Adds one record; arrays are rounded to the dtypes of the bucket. UserError for what is not finite then."""
+        with np.errstate(over="ignore"):
+            record = {name: np.asarray(arrays[name], feature.dtype) for name, feature in self._features.items()}
+        for name, array in record.items():
+            if not np.isfinite(array).all():
+                words = "that float16 cannot hold; set output.dtype to bfloat16"
+                if array.dtype != np.float16 or not np.isfinite(np.asarray(arrays[name], np.float32)).all():
+                    words = "that are NaN or infinite: the model is damaged, or model.dtype too coarse for it"
+                raise UserError(f"record {key}: {name} holds values {words}")
         record["text"] = _without_padding(record["text"])
         told = json.dumps(dict(provenance), ensure_ascii=False, sort_keys=True)
         raw = _serialised(record, {"key": key, "caption": caption, "provenance": told})

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from configs.prepare import get_config
 from sdv_jax.data import records
 from sdv_jax.errors import UserError
 from tests.train import tiny
@@ -62,8 +63,11 @@ def test_there_is_no_record_outside(tmp_path, index):
         records.load(folder).buckets[0][index]
 
 
-def test_tensorflow_datasets_reads_it_without_tensorflow(tmp_path):
+@pytest.mark.parametrize("dtype", [np.float32, get_config().output.dtype])
+def test_tensorflow_datasets_reads_it_without_tensorflow(tmp_path, dtype):
     dataset = with_zero_rows(tiny.dataset(5, frames=2, views=3), [1, 0, 2, 1, 2])
+    names = (*records.ARRAYS, "empty_text")
+    dataset = dataclasses.replace(dataset, **{name: getattr(dataset, name).astype(dtype) for name in names})
     records.save(tmp_path / "my_set", dataset)
     name = f"my_set/{records.load(tmp_path / 'my_set').buckets[0].name}"
     command = [sys.executable, "-c", READ_WITH_TFDS, name, str(tmp_path), str(tmp_path / "read.npz")]
@@ -159,6 +163,22 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     ) as writer:
         writer.write({n: getattr(dataset, n)[0] for n in records.ARRAYS}, key="", caption="", provenance={})
         raise RuntimeError("stop")
+    assert not list((tmp_path / "b" / records.VERSION).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "told"),
+    [(1e5, "float16", "float16 cannot hold"), (np.nan, "float16", "NaN or infinite"), (np.inf, "float32", "NaN")],
+)
+def test_what_is_not_finite_is_refused(tmp_path, value, dtype, told):
+    dataset, folder = as_dataset(tmp_path)
+    features = {n: dataclasses.replace(f, dtype=dtype) for n, f in records.load(folder).buckets[0].features.items()}
+    arrays = {n: np.array(getattr(dataset, n)[0]) for n in records.ARRAYS}
+    arrays["logvar"].flat[3] = value
+    with pytest.raises(UserError, match=f"record a/b: logvar holds values that .*{told}"), records.ShardWriter(
+        tmp_path, "b", features, unit=0, units=1
+    ) as writer:
+        writer.write(arrays, key="a/b", caption="", provenance={})
     assert not list((tmp_path / "b" / records.VERSION).iterdir())
 
 
