@@ -118,7 +118,9 @@ def _summed(family: Family, row: str) -> dict:
 
 
 def _gradients(seeds: Sequence[Sequence[dict]]) -> dict[str, list[float]]:
-    """Per seed: the cosine at first, its median, lowest and highest of the last quarter, the norms' medians then."""
+    """Per seed: the cosine at first, its median, lowest and highest of the last quarter; medians then of the norms, and
+    of the cosine between the halves of each task's rows.
+    """
     ends = [[record["cosine"] for record in analysis.last_quarter(records)] for records in seeds]
     return {
         "first": [records[0]["cosine"] for records in seeds],
@@ -127,6 +129,8 @@ def _gradients(seeds: Sequence[Sequence[dict]]) -> dict[str, list[float]]:
         "highest": [max(cosines) for cosines in ends],
         "norm_identity": [analysis.late(records, "norm_identity") for records in seeds],
         "norm_motion": [analysis.late(records, "norm_motion") for records in seeds],
+        "halves_identity": [analysis.late(records, "halves_identity") for records in seeds],
+        "halves_motion": [analysis.late(records, "halves_motion") for records in seeds],
     }
 
 
@@ -242,13 +246,17 @@ def _gradient_table(families: Mapping[str, Family]) -> str:
         for row in MAIN:
             records = families[name].records.get(row, ()) if name in families else ()
             if not records:
-                lines.append([TITLES[name], row, *[DASH] * 4, "not in yet"])
+                lines.append([TITLES[name], row, *[DASH] * 6, "not in yet"])
                 continue
             told = _gradients([record["gradients"] for record in records])
             band = f"{min(told['lowest']):.2f} … {max(told['highest']):.2f}"
             norms = (_mean(told[key], digits=3) for key in ("norm_identity", "norm_motion"))
-            lines.append([TITLES[name], row, _mean(told["first"]), _mean(told["late"]), band, *norms])
-    head = ["family", "row", "cosine at step 0", "median, last quarter", "its band", "norm identity", "norm motion"]
+            halves = (_mean(told[key]) for key in ("halves_identity", "halves_motion"))
+            lines.append([TITLES[name], row, _mean(told["first"]), _mean(told["late"]), band, *norms, *halves])
+    head = [
+        "family", "row", "cosine at step 0", "median, last quarter", "its band", "norm identity", "norm motion",
+        "halves, identity", "halves, motion",
+    ]  # fmt: skip
     return _grid(head, lines)
 
 

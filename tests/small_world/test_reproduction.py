@@ -38,6 +38,7 @@ def record(family: str, row: str, seed: int) -> dict:
         "adapted": adapted, "wrong": scores(rng, identity=0.09) | {"given": [0.05] * COUNT},
     }  # fmt: skip
     told = {"norm_identity": 0.1, "norm_motion": 0.2, "cosine": 0.5 if row == "image-only" else 0.01}
+    told |= {"halves_identity": 0.3, "halves_motion": 0.4}
     groups = {"block 0": told, "blocks.to_q": told}
     gradients = [{"step": step, **told, "groups": groups} for step in range(0, 601, 200)]
     loss = {"loss": 0.2, "bins": [0.1, 0.3]}
