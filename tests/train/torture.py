@@ -70,6 +70,8 @@ def killed(
     while done < kills:
         job = start(workdir, settings, processes, devices, source)
         if not all(_progress(workdir, job) for _ in range(rng.randint(1, 6))):
+            if PEER_LOST in wait(job):  # on a busy machine: processes that were not ready within gloo's 30 seconds
+                continue
             break
         in_writing += _strike_time(workdir, job, rng, writing=done % 2 == 1)
         victims = job if processes == 1 or rng.random() < 0.5 else [rng.choice(job)]
@@ -115,12 +117,12 @@ def wait(job: list[subprocess.Popen]) -> list[int]:
 
 
 def _progress(workdir: Path, job: list[subprocess.Popen]) -> bool:
-    """Waits for a new step; False when the job ended before."""
+    """Waits for a new step; False when the job ended before, done or because its processes lost each other."""
     before, end = _size(workdir), time.monotonic() + _PATIENCE
     while time.monotonic() < end:
         if any(process.poll() is not None for process in job):
             found = wait(job)
-            assert set(found) == {0}, f"ended by itself with {found}: {workdir.with_suffix('.log').read_text()[-3000:]}"
+            assert set(found) <= {0, PEER_LOST}, f"ended by itself with {found}: {workdir.with_suffix('.log').read_text()[-3000:]}"
             return False
         if _size(workdir) != before:
             return True
