@@ -76,7 +76,8 @@ SETS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a csv with semicolons": ("metadata", _table("metadata.csv", b"video;prompt\nv.mp4;A cat\n")),
     "a quote that never ends": ("metadata", _table("metadata.csv", b'video,prompt\nv.mp4,"A cat\n')),
     "a quotation mark within a caption": (
-        "metadata", _table("metadata.csv", b'video,prompt\nv.mp4,"A "big" cat"\nv.mp4,A dog\n')
+        "metadata",
+        _table("metadata.csv", b'video,prompt\nv.mp4,"A "big" cat"\nv.mp4,A dog\n'),
     ),
     "a caption of 200,000 characters": ("metadata", _table("metadata.csv", b"video,prompt\nv.mp4," + b"cat " * 50000)),
     "a comma too many": ("metadata", _table("metadata.csv", b"video,prompt\nv.mp4,A cat, running\nv.mp4,A dog\n")),
@@ -87,12 +88,14 @@ SETS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "half a json": ("metadata", _table("metadata.json", b'[{"video": "v.mp4"')),
     "a json of one row": ("metadata", _table("metadata.json", b'{"video": "v.mp4", "prompt": "A cat"}')),
     "a row with a number of 5,000 digits": (
-        "metadata", _table("metadata.jsonl", _LONG_NUMBER + b'\n{"video": "v.mp4", "prompt": "A dog"}')
+        "metadata",
+        _table("metadata.jsonl", _LONG_NUMBER + b'\n{"video": "v.mp4", "prompt": "A dog"}'),
     ),
     "a json with a number of 5,000 digits": ("metadata", _table("metadata.json", b"[" + _LONG_NUMBER + b"]")),
     "a list of captions": ("metadata", _table("metadata.json", b'[{"file_path": "v.mp4", "text": ["", "A cat"]}]')),
     "a type in capitals": (
-        "metadata", _table("metadata.json", b'[{"file_path": "v.mp4", "text": "A cat", "type": "Video"}]')
+        "metadata",
+        _table("metadata.json", b'[{"file_path": "v.mp4", "text": "A cat", "type": "Video"}]'),
     ),
     "a file in the second column": ("metadata", _table("metadata.csv", b"video,file,prompt\n,v.mp4,A cat\n")),
     "more prompts than videos": ("text_lists", _lists(b"one\ntwo\n", b"v.mp4\n")),

@@ -72,9 +72,8 @@ class Importer:
         self._caption = self._columns(options.caption, CAPTIONS, columns, "of captions, option caption")[0]
         self._reference = first_of(columns, REFERENCES)
         if options.reference or options.require_reference:
-            self._reference = self._columns(
-                options.reference, REFERENCES, columns, "of references, option reference"
-            )[0]
+            what = "of references, option reference"
+            self._reference = self._columns(options.reference, REFERENCES, columns, what)[0]
         self._repeated = repeated(self.key(index) for index in range(len(self)))
         used = {self._target(row): None for row in self._rows if isinstance(row, Mapping)}
         self.about = {"rows": len(self._rows), "chosen": len(self._rows), "target column": ", ".join(used),

@@ -37,9 +37,7 @@ class Kind:
 TEXTS = Kind(
     "texts", lambda t: types.is_string(t) or types.is_large_string(t) or types.is_string_view(t), pa.large_string()
 )
-NUMBERS = Kind(
-    "numbers", lambda t: types.is_integer(t) or types.is_floating(t) or types.is_decimal(t), pa.float64()
-)
+NUMBERS = Kind("numbers", lambda t: types.is_integer(t) or types.is_floating(t) or types.is_decimal(t), pa.float64())
 ANYTHING = Kind("anything", lambda t: True)
 
 
@@ -135,9 +133,7 @@ class ParquetRows:
 
     def _check(self, file: Path, name: str, found: pa.DataType, kind: Kind) -> None:
         if not _is(found, kind):
-            raise UserError(
-                f"{self._what} {file}: column {name} is of type {str(found)[:200]}; expected {kind.words}"
-            )
+            raise UserError(f"{self._what} {file}: column {name} is of type {str(found)[:200]}; expected {kind.words}")
 
     def _read(self, group: int) -> pa.Table:
         with self._lock:
