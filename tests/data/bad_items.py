@@ -170,6 +170,8 @@ ROWS: dict[str, dict | str] = {
     "a name of 5,000 letters": {"video": "w" * 5000},
     "a zero byte in the name": {"video": "good.mp4\u0000"},
     "the first file again": {"video": "good.mp4"},
+    "the first file in another spelling": {"video": "./good.mp4"},
     "a list as row": '["good.mp4", "a red ball"]',
+    "a row with a number of 5,000 digits": '{"video": "good.mp4", "prompt": "a red ball", "n": ' + "1" * 5000 + "}",
     "half a row": '{"video": "good.mp4", "pro',
 }

@@ -12,6 +12,7 @@ from sdv_jax.data.importers.reading import (
     kind_of,
     read_caption_file,
     target,
+    walk,
 )
 from sdv_jax.errors import UserError
 
@@ -45,7 +46,7 @@ class Importer:
                             "references and kind")  # fmt: skip
         self._root, self._options = check_folder(path, what="folder"), options
         kind = "image" if options.subjects else options.kind
-        files = _walk(self._root)
+        files = sorted(walk(self._root))
         apart = os.path.normpath(options.references) + os.sep if options.references else None
         if apart and not os.path.isdir(self._root / apart):
             raise UserError(f"folder {path} has no folder {options.references}; check the option references")
@@ -100,12 +101,3 @@ class Importer:
             return [[view for view in by_folder[os.path.dirname(file)] if view != file] for file in self._files]
         stems = [os.path.normpath(os.path.join(self._options.references, os.path.splitext(f)[0])) for f in self._files]
         return [by_stem.get(stem, []) + by_folder.get(stem, []) for stem in stems]
-
-
-def _walk(root: Path) -> list[str]:
-    """Paths relative to `root` of all files that are not hidden."""
-    files = []
-    for place, folders, names in os.walk(root, followlinks=False):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [os.path.relpath(os.path.join(place, name), root) for name in names if not name.startswith(".")]
-    return sorted(files)

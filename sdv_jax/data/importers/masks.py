@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool
 
+_MOST_PIXELS = 89_478_485  # as of a picture
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -23,8 +25,13 @@ class Mask:
     top: int = 0
 
     def decode(self) -> Bool[np.ndarray, "h w"]:
-        """Raises ValueError when the runs are damaged or do not fill height x width."""
-        runs = np.array(unpack(self.counts) if isinstance(self.counts, str) else self.counts, np.int64)
+        """Raises ValueError when the runs are damaged or do not fill height x width, or that is too much or nothing."""
+        if not 0 < self.height * self.width <= _MOST_PIXELS:
+            raise ValueError(f"a mask of {self.height}x{self.width}")
+        try:
+            runs = np.array(unpack(self.counts) if isinstance(self.counts, str) else self.counts, np.int64)
+        except OverflowError as error:
+            raise ValueError("a run of a mask is longer than any picture") from error
         if (runs < 0).any() or runs.sum() != self.height * self.width:
             raise ValueError(f"the runs of a mask make {runs.sum()} pixels, expected {self.height}x{self.width}")
         values = np.arange(len(runs)) % 2 == 1

@@ -9,12 +9,16 @@ from pathlib import Path
 
 from sdv_jax.data.importers.item import Item, Picture, Rejected, plain
 from sdv_jax.data.importers.reading import (
+    JSON_ERRORS,
     caption,
     check_folder,
     checked,
     file_inside,
     first_of,
+    first_text,
+    json_mistake,
     kind_of,
+    path_key,
     read_json,
     read_lines,
     read_text,
@@ -28,7 +32,8 @@ SUFFIXES = (".csv", ".jsonl", ".json")
 TARGETS = ("video", "file_path", "file_name", "video_path", "path", "file", "image", "image_path", "target")
 CAPTIONS = ("prompt", "text", "caption", "description")
 REFERENCES = ("reference_image", "reference", "vace_reference_image", "references", "reference_images", "ref_image",
-              "subject_image")  # fmt: skip
+              "subject_image", "object_file_path")  # fmt: skip
+_LONGEST_FIELD = 2**24  # characters of a CSV; Python's own limit of 2**17 is short of some captions
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,10 @@ class Options:
 
 
 class Importer:
-    """One item for each row. A column `type` ("video" or "image", VideoX-Fun) goes before the file's suffix."""
+    """One item for each row, whose file is in the first column of files that the row fills.
+
+    A column `type` ("video" or "image", VideoX-Fun) goes before the file's suffix.
+    """
 
     def __init__(self, path: Path, options: Options):
         self._file, self._options = _table_of(path), options
@@ -57,24 +65,30 @@ class Importer:
         if not self._rows:
             raise UserError(f"table {self._file} has no rows; add some")
         columns = {name: None for row in self._rows if isinstance(row, Mapping) for name in row}
-        self._target = self._column(options.target, TARGETS, columns, "of files, option target")
-        self._caption = self._column(options.caption, CAPTIONS, columns, "of captions, option caption")
+        if not columns:
+            first = str(self._rows[0])[:200]
+            raise UserError(f"table {self._file}: none of its {len(self._rows)} rows can be read; the first: {first}")
+        self._targets = self._columns(options.target, TARGETS, columns, "of files, option target")
+        self._caption = self._columns(options.caption, CAPTIONS, columns, "of captions, option caption")[0]
         self._reference = first_of(columns, REFERENCES)
         if options.reference or options.require_reference:
-            self._reference = self._column(options.reference, REFERENCES, columns, "of references, option reference")
+            what = "of references, option reference"
+            self._reference = self._columns(options.reference, REFERENCES, columns, what)[0]
         self._repeated = repeated(self.key(index) for index in range(len(self)))
-        self.about = {"rows": len(self._rows), "chosen": len(self._rows), "target column": self._target,
+        used = {self._target(row): None for row in self._rows if isinstance(row, Mapping)}
+        self.about = {"rows": len(self._rows), "chosen": len(self._rows), "target column": ", ".join(used),
                       "caption column": self._caption, "reference column": self._reference or ""}  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def key(self, index: int) -> str:
-        """The target's path as the table writes it; with those of the references where there are any."""
+        """The target's path; with those of the references where there are any."""
         row = self._rows[index]
-        if not isinstance(row, Mapping) or not _text(row.get(self._target)):
+        if not isinstance(row, Mapping) or not _text(row.get(self._target(row))):
             return f"row/{index + 1}"
-        return plain(" + ".join([_text(row[self._target]), *map(str, _names(row.get(self._reference)))]))
+        names = [row[self._target(row)], *_names(row.get(self._reference))]
+        return plain(" + ".join(path_key(self._media, name) if _text(name) else str(name) for name in names))
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):
@@ -82,7 +96,8 @@ class Importer:
         row, where = self._rows[index], f"{self._file} row {index + 1}"
         if not isinstance(row, Mapping):
             raise Rejected("damaged row", f"{where}: {row}")
-        file = file_inside(self._media, row.get(self._target), where=where)
+        name = row.get(self._target(row))
+        file = file_inside(self._media, name, where=where)
         if index in self._repeated:
             raise Rejected("duplicate key", f"{where}: {self.key(index)} was there before")
         references = tuple(self._picture(name, where) for name in _names(row.get(self._reference)))
@@ -90,12 +105,15 @@ class Importer:
             raise Rejected("no reference", f"{where}: column {self._reference} is empty")
         return checked(
             Item(
-                key=self.key(index), caption=caption(row.get(self._caption), where=where),
-                target=target(file, kind=_text(row.get("type")) or None), references=references,
+                key=self.key(index), caption=caption(first_text(row.get(self._caption)), where=where),
+                target=target(file, kind=_text(row.get("type")).lower() or None), references=references,
                 provenance={"set": self._file.parent.name, "table": self._file.name, "row": index + 1,
-                            "file": _text(row[self._target])},
+                            "file": _text(name)},
             )
         )  # fmt: skip
+
+    def _target(self, row: Mapping) -> str:
+        return next((name for name in self._targets if _text(row.get(name))), self._targets[0])
 
     def _picture(self, name, where: str) -> Picture:
         file = file_inside(self._media, name, where=f"{where} {self._reference}")
@@ -103,14 +121,15 @@ class Importer:
             raise Rejected("unknown file type", f"{where}: {name} is given as a picture and is a video by its name")
         return Picture(file)
 
-    def _column(self, named: str, usual: tuple[str, ...], columns: Mapping, what: str) -> str:
-        column = first_of(columns, [named] if named else usual)
-        if column is None:
+    def _columns(self, named: str, usual: tuple[str, ...], columns: Mapping, what: str) -> list[str]:
+        """Those of the usual columns that are there, or the one that is named."""
+        present = [name for name in ([named] if named else usual) if name in columns]
+        if not present:
             raise UserError(
                 f"table {self._file} has no column {what}: expected {named or ' or '.join(usual)}, found "
                 f"{', '.join(map(str, columns)) or 'none'}"
             )
-        return column
+        return present
 
 
 def _table_of(path: Path) -> Path:
@@ -128,21 +147,44 @@ def _table_of(path: Path) -> Path:
 
 
 def _read_csv(path: Path) -> list:
-    """Rows by the names of the first one; one that is longer or shorter than that becomes a message."""
-    lines = csv.reader(io.StringIO(read_text(path, what="table"), newline=""), strict=True)
-    rows = []
-    try:
-        names = [name.strip() for name in next(lines, [])]
-        for values in lines:
-            if len(values) == len(names):
-                rows.append(dict(zip(names, values, strict=True)))
-            elif values:  # a line that is quite empty is none
-                rows.append(f"it has {len(values)} fields, the head of the table {len(names)}")
-    except csv.Error as error:
-        raise UserError(f"table {path} is damaged in line {lines.line_num}: {error}; repair the file") from error
+    """Rows by the names of the first one; one of another length, or badly quoted, becomes a message."""
+    head, *lines = _csv_lines(path) or [[]]
+    if isinstance(head, str):
+        raise UserError(f"table {path} has a damaged head: {head}; repair the file")
+    names = [name.strip() for name in head]
     if len(set(names)) != len(names):
         raise UserError(f"table {path} names a column twice: {', '.join(names)}; rename one")
+    rows = []
+    for values in lines:
+        if isinstance(values, str):
+            rows.append(values)
+        elif len(values) == len(names):
+            rows.append(dict(zip(names, values, strict=True)))
+        elif values:  # a line that is quite empty is none
+            rows.append(f"it has {len(values)} fields, the head of the table {len(names)}")
     return rows
+
+
+def _csv_lines(path: Path) -> list[list[str] | str]:
+    """The fields of each row, or what is wrong with its quotation marks. Raises UserError when they never end."""
+    reader = csv.reader(io.StringIO(read_text(path, what="table"), newline=""), strict=True)
+    limit, lines = csv.field_size_limit(_LONGEST_FIELD), []
+    try:
+        while True:
+            first = reader.line_num + 1
+            try:
+                lines.append(next(reader))
+            except StopIteration:
+                return lines
+            except csv.Error as error:
+                if "expected after" not in str(error):  # the reader goes on behind the line, in no other case
+                    raise UserError(
+                        f"table {path}: a quotation in the row of line {first} never ends; repair the file"
+                    ) from error
+                last = f" to {reader.line_num}" if reader.line_num > first else ""
+                lines.append(f"badly quoted in line {first}{last} ({error}); write a quotation mark in a text twice")
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _read_jsonl(path: Path) -> list:
@@ -151,8 +193,8 @@ def _read_jsonl(path: Path) -> list:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except (json.JSONDecodeError, RecursionError) as error:
-                rows.append(f"not JSON ({str(error).splitlines()[0]})")
+            except JSON_ERRORS as error:
+                rows.append(f"not JSON ({json_mistake(error)})")
     return [row if isinstance(row, (Mapping, str)) else "not a table of names and values" for row in rows]
 
 
@@ -175,7 +217,7 @@ def _names(value) -> list:
     if isinstance(value, str) and value.strip().startswith("["):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except JSON_ERRORS:
             return [value]
     if isinstance(value, list):
         return value

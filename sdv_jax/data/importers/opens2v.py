@@ -5,7 +5,7 @@ frame; frame numbers are those of the whole file. So the set's own loader reads 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import numpy as np
 from sdv_jax.data.importers.item import Clip, Frame, Item, Rejected, plain
 from sdv_jax.data.importers.json_records import JsonRecords
 from sdv_jax.data.importers.masks import Mask
-from sdv_jax.data.importers.reading import caption, checked, file_inside, read_json, repeated
+from sdv_jax.data.importers.opens2v_pairs import Pairs, Subject
+from sdv_jax.data.importers.reading import caption, checked, file_inside, first_text, repeated
 from sdv_jax.errors import UserError
 
 _CAPTIONS = ("face_cap_qwen", "cap")
@@ -33,8 +34,8 @@ class Options:
         again under another name.
       most: references of an item.
       masked: white outside the mask; else the whole bounding box.
-      pairs: the file of cross-frame pairs: references then come from other clips with the same subject, and clips
-        without a pair are left out. "" takes them from the clip itself.
+      pairs: the file of cross-frame pairs, or a folder of such files: references then come from other clips with the
+        same subject, and clips without a pair are left out. "" takes them from the clip itself.
     """
 
     videos: str = ""
@@ -52,6 +53,8 @@ class Importer:
     def __init__(self, path: Path, options: Options):
         self._options = options
         pairs = Path(options.pairs) if options.pairs else None
+        if pairs is not None and not pairs.exists():
+            raise UserError(f"OpenS2V pairs {pairs} does not exist; check the option pairs")
         self._parts = [JsonRecords(file, what="OpenS2V part") for file in _parts_of(path, pairs)]
         beside = self._parts[0].path.parent / "videos"
         self._videos = Path(options.videos) if options.videos else beside if beside.is_dir() else beside.parent
@@ -59,7 +62,7 @@ class Importer:
             raise UserError(f"OpenS2V videos {self._videos} is not a folder; check the option videos")
         places = [(p, r) for p, part in enumerate(self._parts) for r in range(len(part))]
         self._by_key = {self._key(place): place for place in reversed(places)}
-        self._pairs = None if pairs is None else _read_pairs(pairs)
+        self._pairs = None if pairs is None else Pairs(pairs, self._by_key)
         self._places = [place for place in places if self._pairs is None or self._key(place) in self._pairs]
         if not self._places:
             raise UserError(f"OpenS2V pairs {pairs}: none of its clips is in {path}; give the json files of its parts")
@@ -82,10 +85,9 @@ class Importer:
         try:
             metadata = record["metadata"]
             video = self._video(place, metadata)
-            start, end = next((metadata[name] for name in _CUTS if metadata.get(name)), (0, None))
-            text = next((metadata[name] for name in _CAPTIONS if metadata.get(name)), None)
+            text = first_text([first_text(metadata.get(name)) for name in _CAPTIONS])
             item = Item(
-                key=key, caption=caption(text, where=key), target=Clip(video, int(start), end, _crop(metadata)),
+                key=key, caption=caption(text, where=key), target=Clip(video, *_cut(metadata), _crop(metadata)),
                 references=self._references(place, record),
                 provenance={"set": "OpenS2V-5M", "file": str(metadata["path"]), "record": key},
             )  # fmt: skip
@@ -103,31 +105,51 @@ class Importer:
         return file_inside(folder if folder.is_dir() else self._videos, name, where=self._key(place))
 
     def _references(self, place: tuple[int, int], record: dict) -> tuple[Frame, ...]:
-        if self._pairs is None:
-            found = list(self._subjects(place, record))
-        else:
-            found = [frame for each in self._pairs[self._key(place)] for frame in self._paired(*each)]
+        found = list(self._subjects(place, record)) if self._pairs is None else self._of_pairs(self._key(place))
         if not found:
             raise Rejected("no subject", f"{self._key(place)} has none of the wanted classes and area")
         return tuple(found[: self._options.most])
 
-    def _paired(self, key: str, identity: str) -> Iterator[Frame]:
-        """The subject number `identity` of the clip `key`; none when its part is not there."""
-        if key in self._by_key:
-            place = self._by_key[key]
-            yield from self._subjects(place, self._parts[place[0]][place[1]], only=identity)
+    def _of_pairs(self, key: str) -> list[Frame]:
+        """Of all clips that are paired with `key` and can be used. Raises what is wrong with the first if none can."""
+        found, reasons = [], []
+        for other, subjects in self._pairs.of(key).items():
+            try:
+                found += self._paired(other, subjects)
+            except Rejected as reason:
+                reasons.append(reason)
+            except _MALFORMED as error:
+                reasons.append(Rejected("damaged record", f"{other}: {error!r}"))
+            if len(found) >= self._options.most:
+                break
+        if reasons and not found:
+            raise reasons[0]
+        return found
 
-    def _subjects(self, place: tuple[int, int], record: dict, *, only: str | None = None) -> Iterator[Frame]:
-        """Views of the subjects in a record's annotated frame, in its order; or of one, by number."""
+    def _paired(self, key: str, subjects: tuple[Subject, ...]) -> list[Frame]:
+        """Views of these subjects of the clip `key`."""
+        if key not in self._by_key:
+            raise Rejected("no subject", f"the paired clip {key} is in none of the parts")
+        place = self._by_key[key]
+        record = self._parts[place[0]][place[1]]
+        numbers = [subject.numbers(record["annotation"]["mask_map"]) for subject in subjects]
+        sure = {found[0] for found in numbers if len(found) == 1}  # of two of one name it may be either
+        if not sure:
+            names = ", ".join(str(subject.name) for subject in subjects)
+            raise Rejected("no subject", f"the paired clip {key} has not one subject each of the name {names}")
+        return list(self._subjects(place, record, only=sure))
+
+    def _subjects(self, place: tuple[int, int], record: dict, *, only: Set[str] | None = None) -> Iterator[Frame]:
+        """Views of the subjects in a record's annotated frame, in its order; or of some, by number."""
         annotation, crop = record["annotation"], _crop(record["metadata"])
         left, top = (0, 0) if crop is None else crop[:2]
         frame = int(annotation["ann_frame_data"]["ann_frame_idx"])
-        background = set(record.get("word_tags", {}).get("background", ()))
+        background = set((record.get("word_tags") or {}).get("background") or ())
         video, taken = self._video(place, record["metadata"]), []
         for number, packed in annotation["mask_annotation"][str(frame)].items():
             name = annotation["mask_map"][number]["class_name"]
             wanted = name in self._options.classes if self._options.classes else name not in background
-            if not wanted or only not in (None, number):
+            if not wanted or (only is not None and number not in only):
                 continue
             counts = packed["counts"] if isinstance(packed["counts"], str) else tuple(packed["counts"])
             mask = Mask(*packed["size"], counts, left=left, top=top)
@@ -145,7 +167,25 @@ class Importer:
             yield Frame(video, frame, box, mask if self._options.masked else None)
 
 
-_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+_MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
+def _cut(metadata: dict) -> tuple[int, int | None]:
+    """First frame and the one behind the last. Raises ValueError."""
+    cut = next((metadata[name] for name in _CUTS if metadata.get(name)), None)
+    if cut is None:
+        return 0, None
+    start, end = (_whole(value) for value in cut)
+    if start >= end:
+        raise ValueError(f"frames {start} to {end} are no clip")
+    return start, end
+
+
+def _whole(number) -> int:
+    """The number of a frame, which JSON may write as 5 or 5.0. Raises ValueError."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number != int(number) or number < 0:
+        raise ValueError(f"{number!r} is no number of a frame")
+    return int(number)
 
 
 def _crop(metadata: dict) -> tuple[int, int, int, int] | None:
@@ -177,28 +217,7 @@ def _parts_of(path: Path, pairs: Path | None) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"OpenS2V {path} does not exist; give a json file or the folder of them")
-    files = [file for file in sorted(path.glob("*.json")) if pairs is None or not file.samefile(pairs)]
+    files = [file for file in sorted(path.glob("*.json")) if pairs is None or file.resolve() != pairs.resolve()]
     if not files:
         raise UserError(f"OpenS2V {path} holds no .json file; give a json file or the folder of them")
     return files
-
-
-def _read_pairs(path: Path) -> dict[str, list[tuple[str, str]]]:
-    """For each clip, as part/id, the clips that show a subject of it again, and the subject's number there.
-
-    The file is a list of pairs, or an object of such lists by group of clips.
-    """
-    content = read_json(path, what="OpenS2V pairs")
-    groups = content.values() if isinstance(content, dict) else [content]
-    pairs: dict[str, list[tuple[str, str]]] = {}
-    try:
-        for pair in (pair for group in groups for pair in group):
-            one, other = (pair["cur_id"], str(pair["cur_class_id"])), (pair["aft_id"], str(pair["aft_class_id"]))
-            for (key, _), there in ((one, other), (other, one)):
-                if there not in pairs.setdefault(key, []):
-                    pairs[key].append(there)
-    except _MALFORMED as error:
-        raise UserError(
-            f"OpenS2V pairs {path}: a pair lacks {error}; expected cur_id, aft_id, cur_class_id and aft_class_id"
-        ) from error
-    return pairs

@@ -8,11 +8,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from sdv_jax.data.importers.item import Clip, Item, Rejected
-from sdv_jax.data.importers.parquet import ParquetRows
-from sdv_jax.data.importers.reading import caption, check_folder, checked, kind_of, repeated
+from sdv_jax.data.importers.parquet import ANYTHING, NUMBERS, TEXTS, ParquetRows
+from sdv_jax.data.importers.reading import caption, check_folder, checked, kind_of, repeated, walk
 from sdv_jax.errors import UserError
 
-_COLUMNS = ("title", "video", "duration")
+_COLUMNS = {"title": TEXTS, "video": TEXTS, "duration": ANYTHING}  # durations need be numbers only to choose by them
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Importer:
         beside = folder / "videos"
         self._folder = Path(options.videos) if options.videos else beside if beside.is_dir() else folder
         self._files = _files_by_name(check_folder(self._folder, what="Pexels-400k videos"))
-        self._addresses = self._rows.column("video").to_pylist()
+        self._addresses = self._rows.column("video", TEXTS).to_pylist()
         self._chosen = self._choose(options)
         self._repeated = repeated(self.key(index) for index in range(len(self)))
         self.about = {"rows": len(self._rows), "chosen": len(self._chosen), "files": len(self._files)}
@@ -67,6 +67,8 @@ class Importer:
             raise Rejected("no file", f"{where}: the address is null")
         if index in self._repeated:
             raise Rejected("duplicate key", f"{where}: {self.key(index)} was there before")
+        if not _name(address):
+            raise Rejected("no file", f"{where}: the address {address} names none")
         found = self._file(address)
         if found is None:
             raise Rejected("file missing", f"{where}: {_name(address)} is not in {self._folder}")
@@ -90,7 +92,7 @@ class Importer:
     def _choose(self, options: Options) -> list[int]:
         rows = list(range(len(self._rows)))
         if options.minimum_duration > 0:
-            durations = self._rows.column("duration").to_pylist()
+            durations = self._rows.column("duration", NUMBERS).to_pylist()
             rows = [row for row in rows if (durations[row] or 0) >= options.minimum_duration]
         if options.present_only:
             rows = [row for row in rows if self._addresses[row] and self._file(self._addresses[row]) is not None]
@@ -108,12 +110,9 @@ class Importer:
 def _files_by_name(folder: Path) -> dict[str, str]:
     """Paths relative to `folder` of the videos in it, by file name and, where it begins with a number, by that."""
     files = {}
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(names):
-            if kind_of(Path(name)) != "video":
-                continue
-            relative = os.path.relpath(os.path.join(place, name), folder)
+    for relative in walk(folder):
+        name = os.path.basename(relative)
+        if kind_of(Path(name)) == "video":
             files.setdefault(name, relative)
             number = re.match(r"\d+", name)
             if number:
@@ -121,8 +120,16 @@ def _files_by_name(folder: Path) -> dict[str, str]:
     return files
 
 
+def _path(address: str) -> str:
+    """Without the slashes at its end; "" of what is no address."""
+    try:
+        return urlsplit(address).path.rstrip("/")
+    except ValueError:
+        return ""
+
+
 def _name(address: str) -> str:
-    return unquote(urlsplit(address).path.rstrip("/").rpartition("/")[2])
+    return unquote(_path(address).rpartition("/")[2])
 
 
 def _identity(address: str | None) -> str | None:
@@ -133,7 +140,7 @@ def _identity(address: str | None) -> str | None:
     number = re.match(r"\d+", name)
     if number:
         return number[0]
-    folders = [part for part in urlsplit(address).path.split("/") if part.isdigit()]
+    folders = [part for part in _path(address).split("/") if part.isdigit()]
     return folders[-1] if folders else name or None
 
 

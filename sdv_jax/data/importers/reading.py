@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ VIDEO_SUFFIXES = (
     ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".gif"
 )  # fmt: skip
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+JSON_ERRORS = (ValueError, RecursionError)  # of json.loads: mistakes, numbers too long for Python, and nesting
 
 
 def check_folder(path: Path, *, what: str) -> Path:
@@ -41,11 +42,9 @@ def read_text(path: Path, *, what: str) -> str:
 
 
 def read_lines(path: Path, *, what: str) -> list[str]:
-    """Its lines; empty ones at the end do not count. Only a newline ends a line: captions may hold other separators."""
+    """Its lines. Only a newline ends a line, the last one too: captions may hold other separators."""
     lines = [line.rstrip("\r") for line in read_text(path, what=what).split("\n")]
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return lines
+    return lines if lines[-1] else lines[:-1]
 
 
 def read_json(path: Path, *, what: str):
@@ -53,9 +52,16 @@ def read_json(path: Path, *, what: str):
     text = read_text(path, what=what)
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        place = f"line {error.lineno}, column {error.colno}: {error.msg}" if hasattr(error, "lineno") else "too deep"
-        raise UserError(f"{what} {path} is not JSON ({place}); repair the file") from error
+    except JSON_ERRORS as error:
+        line = f"line {error.lineno}, " if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{what} {path} is not JSON ({line}{json_mistake(error)}); repair the file") from error
+
+
+def json_mistake(error: Exception) -> str:
+    """What one of JSON_ERRORS says of a line, in a few words."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"column {error.colno}: {error.msg}"
+    return "too deep" if isinstance(error, RecursionError) else "a number of thousands of digits"
 
 
 def read_caption_file(path: Path) -> str:
@@ -78,6 +84,41 @@ def caption(value, *, where: str) -> str:
     if not isinstance(value, str):
         raise Rejected("no caption", f"{where}: expected text, found {type(value).__name__}")
     return value.strip()
+
+
+def first_text(value):
+    """`value`; of a list its first text that is not empty, or None: some sets give several captions."""
+    if isinstance(value, list):
+        return next((each for each in value if isinstance(each, str) and each.strip()), None)
+    return value
+
+
+def walk(root: Path) -> Iterator[str]:
+    """Paths from `root` of the files in it and in the folders below; nothing hidden.
+
+    Links to folders are followed. A folder that can be reached twice comes once, under its own path rather than a
+    link's, so that links to each other end.
+    """
+    seen, waiting = set(), [str(root)]
+    while waiting:
+        links = []
+        for start in waiting:
+            for place, folders, names in os.walk(start):
+                real = os.path.realpath(place)
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                links += [path for path in (os.path.join(place, name) for name in folders) if os.path.islink(path)]
+                shown = sorted(name for name in names if not name.startswith("."))
+                yield from (os.path.relpath(os.path.join(place, name), root) for name in shown)
+        waiting = links
+
+
+def path_key(root: Path, name: str) -> str:
+    """The path `name` of a set as a key: from `root`, in one spelling however the set writes it."""
+    return plain(os.path.relpath(os.path.join(root, name.strip()), root))
 
 
 def file_inside(root: Path, name, *, where: str) -> Path:

@@ -7,14 +7,22 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
+from pyarrow import types
 
 from sdv_jax.data.importers.item import Box, Item, Picture, Rejected
-from sdv_jax.data.importers.parquet import ParquetRows
+from sdv_jax.data.importers.parquet import NUMBERS, TEXTS, Kind, ParquetRows, structs
 from sdv_jax.data.importers.reading import caption, checked
 from sdv_jax.errors import UserError
 
 SCORES = ("compositeStructure", "objectConsistency", "imageQuality")
-_COLUMNS = ("image", "collection", "quality_assessment", "description")
+_BYTES = Kind("bytes", lambda t: types.is_binary(t) or types.is_large_binary(t) or types.is_binary_view(t))
+_PICTURES = Kind("bytes, or structs with bytes", lambda t: _BYTES.fits(t) or structs(bytes=_BYTES).fits(t))
+_COLUMNS = {
+    "image": _PICTURES,
+    "collection": TEXTS,
+    "quality_assessment": structs(**dict.fromkeys(SCORES, NUMBERS)),
+    "description": structs(),
+}
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Importer:
         if description is None:
             raise Rejected("no caption", f"{where}: description is null")
         text = caption(description.get(f"description_{direction}"), where=f"{where} description_{direction}")
-        content = (record["image"] or {}).get("bytes")
+        content = record["image"].get("bytes") if isinstance(record["image"], dict) else record["image"]
         if not content:
             raise Rejected("no picture", f"{where}: image is null")
         views = [Picture(content, box) for box in _views(content, self._options, where)]
@@ -81,7 +89,7 @@ class Importer:
                 provenance={
                     "set": "Subjects200K", "file": file.name, "row": number,
                     "collection": record["collection"] or "", "view": ("left", "right")[direction],
-                    "item": description.get("item") or "",
+                    "item": str(description.get("item") or ""),
                 },
             )
         )  # fmt: skip
@@ -97,18 +105,14 @@ class Importer:
 
     def _choose(self) -> list[int]:
         """The rows that are not known to be bad: null scores stay, and are rejected by name."""
-        scores = self._rows.column("quality_assessment").combine_chunks()
-        fields = {field.name for field in scores.type} if hasattr(scores.type, "num_fields") else set()
-        missing = [name for name in SCORES if name not in fields]
-        if missing:
-            raise UserError(f"Subjects200K {self._rows.files[0]}: quality_assessment has no {', '.join(missing)}")
         keep = None
         for name in SCORES:
-            good = pc.fill_null(pc.greater_equal(pc.struct_field(scores, name), self._options.minimum_score), True)
+            scores = self._rows.column("quality_assessment", NUMBERS, field=name).combine_chunks()
+            good = pc.fill_null(pc.greater_equal(scores, self._options.minimum_score), True)
             keep = good if keep is None else pc.and_(keep, good)
         if self._options.collections:
-            wanted = self._rows.column("collection").combine_chunks()
-            keep = pc.and_(keep, pc.is_in(wanted, value_set=pa.array(list(self._options.collections), pa.string())))
+            found = self._rows.column("collection", TEXTS).combine_chunks()
+            keep = pc.and_(keep, pc.is_in(found, value_set=pa.array(list(self._options.collections), found.type)))
         return pc.indices_nonzero(keep).to_pylist()
 
 

@@ -10,6 +10,7 @@ from sdv_jax.data.importers.reading import (
     checked,
     file_inside,
     kind_of,
+    path_key,
     read_lines,
     repeated,
     target,
@@ -49,25 +50,20 @@ class Importer:
         if videos is None and images is None:
             raise UserError(f"folder {path} has none of {', '.join(VIDEOS + IMAGES)}; add one line for each prompt")
         self._list = videos or images
-        self._prompts = read_lines(prompts, what="list")
-        self._targets = read_lines(self._list, what="list")
-        self._images = read_lines(images, what="list") if videos and images else None
-        for name, lines in ((self._list, self._targets), (images, self._images)):
-            if lines is not None and len(lines) != len(self._prompts):
-                raise UserError(
-                    f"{prompts} has {len(self._prompts)} lines and {name} has {len(lines)}; line n of one belongs to "
-                    "line n of the other: make them equally long"
-                )
+        files = [prompts, *(file for file in (videos, images) if file)]
+        self._prompts, self._targets, *rest = _equally_long(files)
+        self._images = rest[0] if rest else None
         if not self._targets:
             raise UserError(f"{self._list} is empty; add the paths of the files")
-        self._repeated = repeated(line.strip() for line in self._targets)
+        self._repeated = repeated(map(self.key, range(len(self))))
         self.about = {"lines": len(self._targets), "chosen": len(self._targets)}
 
     def __len__(self) -> int:
         return len(self._targets)
 
     def key(self, index: int) -> str:
-        return self._targets[index].strip() or f"line/{index + 1}"
+        line = self._targets[index]
+        return path_key(self._media, line) if line.strip() else f"line/{index + 1}"
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):
@@ -87,9 +83,24 @@ class Importer:
         return checked(
             Item(
                 key=self.key(index), caption=caption(self._prompts[index], where=where), target=target(file),
-                references=references, provenance={"set": self._list.parent.name, "file": self.key(index)},
+                references=references,
+                provenance={"set": self._list.parent.name, "file": self._targets[index].strip()},
             )
         )  # fmt: skip
+
+
+def _equally_long(files: list[Path]) -> list[list[str]]:
+    """The lines of the lists. Empty ones at the end count where another list goes on. Raises UserError."""
+    lists = [read_lines(file, what="list") for file in files]
+    count = max((number for lines in lists for number, line in enumerate(lines, 1) if line.strip()), default=0)
+    lists = [lines[:count] for lines in lists]
+    for file, lines in zip(files[1:], lists[1:], strict=True):
+        if len(lines) != len(lists[0]):
+            raise UserError(
+                f"{files[0]} has {len(lists[0])} lines and {file} has {len(lines)}; line n of one belongs to line n of "
+                "the other: make them equally long"
+            )
+    return lists
 
 
 def _named(folder: Path, name: str, usual: tuple[str, ...]) -> Path | None:

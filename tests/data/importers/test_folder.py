@@ -70,6 +70,20 @@ def test_references_beside(folder):
     rejected(importer, 1, "no reference", "a/d.mkv has no picture in refs")
 
 
+def test_links_to_folders_are_followed(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    video(elsewhere / "deep/z.mp4")
+    (folder / "0").symlink_to(elsewhere)
+    (folder / "1").symlink_to("a")  # what it leads to has a path of its own
+    (elsewhere / "back").symlink_to(folder)
+    (elsewhere / "round").symlink_to(elsewhere)
+    (folder / "itself").symlink_to("itself")
+    importer = open_source("folder", folder, kind="video")
+    assert [importer.key(i) for i in range(len(importer))] == ["0/deep/z.mp4", "a/c.MOV", "a/d.mkv", "b.mp4"]
+    assert importer[1].caption == "Clip a/c.MOV."
+    rejected(importer, 0, "no caption", "0/deep/z.txt does not exist")
+
+
 def test_folders_that_are_broken(tmp_path):
     refused("holds no video or picture among its 0 files", "folder", tmp_path)
     (tmp_path / "a.txt").write_text("no clip")

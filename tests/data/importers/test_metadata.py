@@ -112,15 +112,84 @@ def test_a_damaged_line(folder):
     path.write_text(path.read_text()[:-5].replace("v/0", "v/1", 1))
     importer = open_source("metadata", path)
     assert importer[0].key == "v/1.mp4"
-    rejected(importer, 1, "damaged row", "metadata.jsonl row 2: not JSON (Unterminated string")
+    rejected(importer, 1, "damaged row", "metadata.jsonl row 2: not JSON (column 32: Unterminated string")
     write_csv(folder, "video,prompt", "v/0.mp4,A cat, running.", "v/1.mp4,A dog.")
     importer = open_source("metadata", folder / "metadata.csv")
     rejected(importer, 0, "damaged row", "metadata.csv row 1: it has 3 fields, the head of the table 2")
     assert importer[1].caption == "A dog."
 
 
+def test_numbers_that_are_too_long(folder):
+    number = "1" * 5000
+    (folder / "metadata.jsonl").write_text(
+        f'{{"video": "v/0.mp4", "prompt": "A cat.", "n": {number}}}\n{{"video": "v/1.mp4", "prompt": "A dog."}}\n'
+    )
+    importer = open_source("metadata", folder)
+    rejected(importer, 0, "damaged row", "metadata.jsonl row 1: not JSON (a number of thousands of digits)")
+    assert importer[1].caption == "A dog."
+    (folder / "metadata.jsonl").unlink()
+    write_csv(folder, "video,prompt,reference", f"v/0.mp4,A cat.,[{number}]")
+    rejected(open_source("metadata", folder), 0, "file missing", "row 1 reference: [111")
+
+
+def test_quotation_marks_within_a_text(folder):
+    write_csv(folder, "video,prompt", 'v/0.mp4,"A "big" dog"', 'v/1.mp4,"A cat, running."', 'i/a.png,"A dog', "",
+              '"big" one,', 'i/b.png,"A cat', 'at night."')  # fmt: skip
+    importer = open_source("metadata", folder)
+    assert len(importer) == 4
+    rejected(importer, 0, "damaged row", "metadata.csv row 1: badly quoted in line 2 (',' expected after '\"')")
+    assert importer[1].caption == "A cat, running." and importer[3].caption == "A cat\nat night."
+    rejected(importer, 2, "damaged row", "metadata.csv row 3: badly quoted in line 4 to 6")
+    write_csv(folder, "video,prompt", *["v/0.mp4,A cat."] * 3, 'v/1.mp4,"A dog', *["v/0.mp4,A cat."] * 3)
+    refused("metadata.csv: a quotation in the row of line 5 never ends", "metadata", folder)
+    write_csv(folder, 'video,"pro"mpt', "v/0.mp4,A cat.")
+    refused("metadata.csv has a damaged head: badly quoted in line 1", "metadata", folder)
+
+
+def test_files_in_several_columns(folder):
+    """DiffSynth: each row fills the column of its kind."""
+    write_csv(folder, "video,image,prompt", "v/0.mp4,,A cat.", ",i/a.png,A dog.", "v/1.mp4,i/b.png,A cup.", ",,None.")
+    importer = open_source("metadata", folder)
+    assert [importer[i].target for i in range(3)] == [
+        Clip(folder / "v/0.mp4"), Picture(folder / "i/a.png"), Clip(folder / "v/1.mp4"),
+    ]  # fmt: skip
+    assert importer.about["target column"] == "video, image"
+    rejected(importer, 3, "no file", "row 4 names no file")
+    (folder / "metadata.csv").unlink()
+    write_json(folder, [{"video": "v/0.mp4", "prompt": "A cat."}, {"image": "i/a.png", "prompt": "A dog."}], lines=True)
+    assert open_source("metadata", folder)[1].target == Picture(folder / "i/a.png")
+    rejected(open_source("metadata", folder, target="video"), 1, "no file", "row 2 names no file")
+
+
+def test_several_captions_and_subjects(folder):
+    """VideoX-Fun: `text` may be a list, `type` in capitals, and subjects are in `object_file_path`."""
+    (folder / "clip").write_bytes((folder / "v/0.mp4").read_bytes())
+    rows = [
+        {"file_path": "clip", "text": ["", None, " A cat. ", "A kitten."], "type": "Video",
+         "object_file_path": ["i/a.png", "i/b.png"]},
+        {"file_path": "v/1.mp4", "text": [], "object_file_path": "i/a.png"},
+        {"file_path": "v/1.mp4", "text": "A dog.", "object_file_path": "i/a.png"},
+    ]  # fmt: skip
+    importer = open_source("metadata", write_json(folder, rows))
+    assert importer[0].caption == "A cat." and importer[0].target == Clip(folder / "clip")
+    assert importer[0].references == (Picture(folder / "i/a.png"), Picture(folder / "i/b.png"))
+    rejected(importer, 1, "no caption", "row 2 has none")
+    rejected(importer, 2, "duplicate key", "row 3: v/1.mp4 + i/a.png was there before")
+
+
+def test_one_file_in_several_spellings(folder):
+    write_csv(folder, "video,prompt,reference", "v/0.mp4,A cat.,", "./v//0.mp4,A cat.,", f"{folder}/v/0.mp4,A cat.,",
+              "v/../v/1.mp4,A dog.,./i/a.png", "v/1.mp4,A dog.,i/a.png", "v/1.mp4,A dog.,i/b.png")  # fmt: skip
+    importer = open_source("metadata", folder)
+    assert [importer.key(i) for i in (0, 3, 5)] == ["v/0.mp4", "v/1.mp4 + i/a.png", "v/1.mp4 + i/b.png"]
+    rejected(importer, 1, "duplicate key", "row 2: v/0.mp4 was there before")
+    rejected(importer, 2, "duplicate key", "row 3: v/0.mp4 was there before")
+    rejected(importer, 4, "duplicate key", "row 5: v/1.mp4 + i/a.png was there before")
+    assert importer[5].caption == "A dog." and importer[3].provenance["file"] == "v/../v/1.mp4"
+
+
 def test_long_captions_and_marks(folder):
-    text = "word " * 2000
+    text = "word " * 40000  # longer than a field may be by Python's own limit
     (folder / "metadata.csv").write_text(f"video,prompt\nv/0.mp4,{text}\n", encoding="utf-8-sig")
     assert open_source("metadata", folder)[0].caption == text.strip()
 
@@ -141,9 +210,11 @@ def test_sets_that_are_broken(folder):
     (folder / "metadata.csv").write_bytes("video,prompt\nv/0.mp4,Caf\u00e9\n".encode("latin-1"))
     refused("metadata.csv is not UTF-8: byte 24 is 0xe9; save it as UTF-8", "metadata", folder)
     write_csv(folder, 'video,prompt\nv/0.mp4,"never ends')
-    refused("metadata.csv is damaged in line 2: unexpected end of data", "metadata", folder)
+    refused("metadata.csv: a quotation in the row of line 2 never ends; repair the file", "metadata", folder)
     write_csv(folder, "video,video")
     refused("names a column twice: video, video", "metadata", folder)
+    write_csv(folder, "video,prompt", "v/0.mp4", 'v/1.mp4,"A "big" dog"')
+    refused("metadata.csv: none of its 2 rows can be read; the first: it has 1 fields, the", "metadata", folder)
     write_csv(folder, "video,prompt")
     refused("metadata.csv has no rows", "metadata", folder)
     (folder / "metadata.csv").write_text("")
@@ -152,6 +223,7 @@ def test_sets_that_are_broken(folder):
     refused("has metadata.csv and metadata.json; give one of the files", "metadata", folder)
     (folder / "metadata.csv").unlink()
     for text, message in (('[{"video": ', "metadata.json is not JSON (line 1, column 12: Expecting value)"),
-                          ('{"video": 1}', "holds a dict; expected a list of rows"), ("[" * 100000, "too deep")):
+                          ('{"video": 1}', "holds a dict; expected a list of rows"), ("[" * 100000, "too deep"),
+                          (f'[{{"n": {"1" * 5000}}}]', "is not JSON (a number of thousands of digits); repair")):
         (folder / "metadata.json").write_text(text)
         refused(message, "metadata", folder)

@@ -89,7 +89,7 @@ def test_a_detail_is_one_line_that_can_be_written():
 
 def test_only_newlines_end_a_line(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\x0b\u2028more\r\n\r\nthree\n \n\n".encode())
-    assert read_lines(tmp_path / "a.txt", what="list") == ["one\x0b\u2028more", "", "three"]
+    assert read_lines(tmp_path / "a.txt", what="list") == ["one\x0b\u2028more", "", "three", " ", ""]
 
 
 def test_repeated():

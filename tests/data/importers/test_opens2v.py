@@ -141,17 +141,99 @@ def test_pairs_across_clips(folder, grouped):
     assert [importer.key(i) for i in range(len(importer))] == ["part1/id_one", "part1/id_two", "part2/id_three"]
     assert [frame.path.name for frame in importer[0].references] == ["three.mp4"]
     assert [frame.path.name for frame in importer[2].references] == ["one.mp4"]  # pairs hold in both directions
-    rejected(importer, 1, "no subject", "part1/id_two")
+    rejected(importer, 1, "no subject", "the paired clip part9/id_gone is in none of the parts")
     assert importer.about == {"records": 4, "chosen": 3, "parts": 2}
     (folder / "pairs.json").write_text(json.dumps([{"cur_id": "x"}]))
-    refused("a pair lacks 'cur_class_id'", "opens2v", folder, pairs=str(folder / "pairs.json"))
-    (folder / "pairs.json").write_text(json.dumps([pair("x/1", "x/2")]))
-    refused("none of its clips is in", "opens2v", folder, pairs=str(folder / "pairs.json"))
+    refused("a pair has no cur_class_id and cur_class_name; expected cur_id, aft_id, and of both", "opens2v", folder,
+            pairs=str(folder / "pairs.json"))  # fmt: skip
+    for content, message in (([{"cur_id": "x", "cur_class_name": "cup"}], "a pair has no aft_id"),
+                             ([{"cur_id": []}], "a pair has no cur_id"), (["x"], "a pair has no cur_id"),
+                             ({"a": {}}, "is no list of pairs and no object"), (5, "is no list of pairs and no object"),
+                             ([pair("x/1", "x/2")], "none of its clips is in")):  # fmt: skip
+        (folder / "pairs.json").write_text(json.dumps(content))
+        refused(message, "opens2v", folder, pairs=str(folder / "pairs.json"))
+    refused("pairs nowhere.json does not exist; check the option pairs", "opens2v", folder, pairs="nowhere.json")
+
+
+def named(one, other, names=("cup", "cup")):
+    """A pair as the set's code wrote it first: bare ids, and no numbers."""
+    return {"cur_id": one, "aft_id": other, "cur_class_name": names[0], "aft_class_name": names[1],
+            "text_similarity": 1.0, "image_similarity": 0.99, "cur_frame_idx": 3, "aft_frame_idx": 3}  # fmt: skip
+
+
+def test_pairs_of_bare_ids_and_names(folder, tmp_path_factory):
+    write_part(folder / "part2.json", ["three"])
+    video(folder / "videos/part2/three.mp4", frames=8)
+    pairs = [named("id_one", "id_three", ("cup", "table")), named("id_one", "id_three"), named("id_two", "id_gone")]
+    files = tmp_path_factory.mktemp("pairs")
+    (files / "1.json").write_text(json.dumps(pairs[:1]))
+    (files / "2.json").write_text(json.dumps(pairs[1:]))
+    importer = open_source("opens2v", folder, pairs=str(files))
+    assert [importer.key(i) for i in range(len(importer))] == ["part1/id_one", "part1/id_two", "part2/id_three"]
+    assert [(frame.path.name, frame.box) for frame in importer[0].references] == [("three.mp4", (14, 8, 30, 26))]
+    assert [frame.path.name for frame in importer[2].references] == ["one.mp4"]
+    rejected(importer, 1, "no subject", "the paired clip id_gone is in none of the parts")
+    write_part(folder / "part3.json", ["three"])
+    refused("id_three is in several parts (part2/id_three, part3/id_three); give the one json",
+            "opens2v", folder, pairs=str(files))
+    assert len(open_source("opens2v", folder / "part2.json", pairs=str(files))) == 1
+
+
+def test_two_subjects_of_one_name(folder):
+    """A name says which of them is meant as little as it says that it is the same: numbers do."""
+    left, right = region(0, 0, 12, 20), region(20, 0, 36, 20)
+    content = {"id_one": record("one"), "id_two": record("two", subjects={"cup": left, "mug": right})}
+    content["id_two"]["annotation"]["mask_map"]["2"]["class_name"] = "cup"
+    (folder / "part1.json").write_text(json.dumps(content))
+    file = folder / "pairs" / "p.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps([named("id_one", "id_two")]))
+    importer = open_source("opens2v", folder, pairs=str(file))
+    rejected(importer, 0, "no subject", "the paired clip part1/id_two has not one subject each of the name cup")
+    assert len(importer[1].references) == 1
+    file.write_text(json.dumps([pair("part1/id_one", "part1/id_two", ("1", 2))]))
+    (cup,) = open_source("opens2v", folder, pairs=str(file))[0].references
+    assert cup.box == (24, 2, 40, 22)
+
+
+def test_one_subject_under_two_names_in_a_paired_clip(folder):
+    cup = region(10, 6, 26, 24)
+    content = {"id_one": record("one"), "id_two": record("two", subjects={"cup": cup, "mug": cup})}
+    (folder / "part1.json").write_text(json.dumps(content))
+    (folder / "p.json").write_text(json.dumps([named("id_one", "id_two"), named("id_one", "id_two", ("cup", "mug"))]))
+    assert len(open_source("opens2v", folder, pairs=str(folder / "p.json"))[0].references) == 1
+
+
+def test_a_paired_clip_that_cannot_be_used(folder):
+    """The others are used; without any, what is wrong with the first is told."""
+    names = ["three", "four", "five"]
+    write_part(folder / "part2.json", names)
+    content = json.loads((folder / "part2.json").read_text())
+    del content["id_four"]["annotation"]["mask_annotation"]
+    (folder / "part2.json").write_text(json.dumps(content))
+    video(folder / "videos/part2/five.mp4", frames=8)
+    (folder / "p.json").write_text(json.dumps([pair("part1/id_one", f"part2/id_{name}") for name in names]))
+    importer = open_source("opens2v", folder, pairs=str(folder / "p.json"))
+    assert [frame.path.name for frame in importer[0].references] == ["five.mp4"]
+    (folder / "videos/part2/five.mp4").rename(folder / "videos/part2/four.mp4")
+    rejected(importer, 0, "file missing", "part2/id_three: three.mp4 does not exist in")
+    (folder / "p.json").write_text(json.dumps([pair("part1/id_one", "part2/id_four")]))
+    importer = open_source("opens2v", folder, pairs=str(folder / "p.json"))
+    rejected(importer, 0, "damaged record", "part2/id_four: KeyError('mask_annotation')")
 
 
 def test_records_that_are_not_whole(folder):
     rejected(change(folder, metadata=KeyError), 0, "damaged record", "part1/id_odd: KeyError('metadata')")
     rejected(change(folder, metadata__crop=[1, 2, 3]), 0, "damaged record", "part1/id_odd: ValueError")
+    for cut in ([0, "5"], [0, 4.5], [-3, -1], [5, 1], [5, 5], [math.inf, 5], [0, math.inf], [math.nan, 5], [1], "ab",
+                [True, 5], [0, None]):  # fmt: skip
+        rejected(change(folder, metadata__face_cut=cut), 0, "damaged record", "part1/id_odd: ")
+    for crop in ([math.inf, 44, 2, 30], [math.nan] * 4):
+        rejected(change(folder, metadata__crop=crop), 0, "damaged record", "part1/id_odd: ")
+    for mask, words in (({"size": [28, 40], "counts": [10**30]}, "a run of a mask is longer than any picture"),
+                        ({"size": [0, 0], "counts": []}, "a mask of 0x0"),
+                        ({"size": [10**6, 10**6], "counts": [10**12]}, "a mask of 1000000x1000000")):  # fmt: skip
+        rejected(change(folder, annotation__mask_annotation={"3": {"1": mask}}), 0, "damaged mask", words)
     rejected(change(folder, metadata__path="gone.mp4"), 0, "file missing", "gone.mp4 does not exist")
     rejected(change(folder, metadata__path="../../part1.json"), 0, "path outside the set", "../../part1.json is not in")
     rejected(change(folder, metadata__face_cap_qwen=""), 0, "no caption", "part1/id_odd has none")
@@ -160,12 +242,28 @@ def test_records_that_are_not_whole(folder):
     rejected(change(folder, annotation__mask_annotation=broken), 0, "damaged mask", "part1/id_odd, subject 1: a packed")
     importer = change(folder)
     assert importer[1].key == "part1/id_one"  # and the set goes on
+    content = (folder / "part1.json").read_text()
+    (folder / "part1.json").write_text(content.replace("[4, 44", "[1e400, 44", 1))
+    rejected(open_source("opens2v", folder), 0, "damaged record", "OverflowError")
+    (folder / "part1.json").write_text(content.replace("[4, 44", f"[{'1' * 5000}, 44", 1))
+    rejected(open_source("opens2v", folder), 0, "damaged record", "id_odd: not JSON")
 
 
 def test_the_caption_and_the_cut_have_two_names(folder):
     importer = change(folder, metadata__face_cap_qwen=KeyError, metadata__cap="A mug.", metadata__face_cut=KeyError,
                       metadata__cut=[2, 4], metadata__crop=None)  # fmt: skip
     assert importer[0].caption == "A mug." and importer[0].target == Clip(folder / "videos/part1/one.mp4", 2, 4)
+
+
+def test_what_the_published_records_vary_in(folder):
+    importer = change(folder, metadata__face_cap_qwen=KeyError, metadata__cap=["", "A mug.", "A cup."],
+                      metadata__face_cut=[0, 5.0], word_tags=None)  # fmt: skip
+    item = importer[0]
+    assert item.caption == "A mug." and item.target == Clip(folder / "videos/part1/one.mp4", 0, 5, (4, 2, 44, 30))
+    assert isinstance(item.target.end, int) and len(item.references) == 2  # nothing is tagged as background
+    assert len(change(folder, word_tags={"background": None})[0].references) == 2
+    assert change(folder, metadata__face_cap_qwen=" ", metadata__cap=["A mug."])[0].caption == "A mug."
+    rejected(change(folder, metadata__face_cap_qwen=KeyError, metadata__cap=[]), 0, "no caption", "part1/id_odd has")
 
 
 def test_a_key_that_is_there_twice(folder):

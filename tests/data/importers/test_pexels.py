@@ -83,6 +83,38 @@ def test_durations(tmp_path):
     refused("option count is -1", "pexels", tmp_path, count=-1)
 
 
+def test_columns_of_another_kind(tmp_path):
+    parquet(tmp_path / "a.parquet", [row(1)])
+    parquet(tmp_path / "b.parquet", [row(2) | {"video": 5}])
+    refused("b.parquet: column video is of type int64; expected texts", "pexels", tmp_path)
+    parquet(tmp_path / "b.parquet", [row(2, title=5)])
+    refused("b.parquet: column title is of type int64; expected texts", "pexels", tmp_path)
+    parquet(tmp_path / "b.parquet", [row(2, duration="00:10")])
+    refused("b.parquet: column duration is of type string; expected numbers", "pexels", tmp_path, minimum_duration=5)
+    assert len(open_source("pexels", tmp_path)) == 2  # nothing asks for durations
+    parquet(tmp_path / "b.parquet", [row(2, duration=9.5), row(3, duration=float("nan"))])
+    assert open_source("pexels", tmp_path, minimum_duration=5).urls() == [NEW.format(1), NEW.format(2)]
+
+
+def test_addresses_that_are_none(tmp_path):
+    importer = open_source("pexels", parquet(tmp_path / "p.parquet", [row(1, address="http://[bad"), row(2)]))
+    rejected(importer, 0, "no file", "p.parquet row 0: the address http://[bad names none")
+    assert importer.key(1) == "2"
+    refused("0 of 2 rows are left", "pexels", tmp_path, present_only=True)
+
+
+def test_links_to_folders_are_followed(tmp_path, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    video(elsewhere / "1.mp4")
+    video(tmp_path / "videos/2.mp4")
+    (tmp_path / "videos/part").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(tmp_path / "videos")
+    parquet(tmp_path / "p.parquet", [row(1), row(2)])
+    importer = open_source("pexels", tmp_path)
+    assert [importer[i].target.path for i in range(2)] == [tmp_path / "videos/part/1.mp4", tmp_path / "videos/2.mp4"]
+    assert importer.about["files"] == 4  # two, each by name and by number
+
+
 def test_only_what_is_there(tmp_path):
     parquet(tmp_path / "p.parquet", [row(n) for n in range(1, 9)])
     for number in (2, 5):

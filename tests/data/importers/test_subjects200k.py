@@ -1,6 +1,7 @@
 """Subjects200K: two views in one picture, scores, directions, and rows that are not whole."""
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -102,10 +103,69 @@ def test_sets_that_are_broken(tmp_path):
     refused("a.parquet has no column quality_assessment, description; it has: image, collection", "subjects200k",
             tmp_path)  # fmt: skip
     parquet(tmp_path / "a.parquet", [subject_row() | {"quality_assessment": {"imageQuality": 5}}])
-    refused("quality_assessment has no compositeStructure, objectConsistency", "subjects200k", tmp_path)
+    refused("a.parquet: column quality_assessment is of type struct<imageQuality: int64>; expected structs with "
+            "compositeStructure (numbers), objectConsistency (numbers), imageQuality", "subjects200k", tmp_path)
     table = pq.read_table(parquet(tmp_path / "a.parquet", [subject_row()]))
     pq.write_table(table.slice(0, 0), tmp_path / "a.parquet")
     refused("has no rows", "subjects200k", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("quality_assessment", {"compositeStructure": "5", "objectConsistency": 5, "imageQuality": 5},
+         "column quality_assessment is of type struct<compositeStructure: string, objectConsistency: int64, "
+         "imageQuality: int64>; expected structs with compositeStructure (numbers)"),
+        ("quality_assessment", "good", "column quality_assessment is of type string; expected structs"),
+        ("collection", 2, "column collection is of type int64; expected texts"),
+        ("image", "picture.png", "column image is of type string; expected bytes, or structs with bytes"),
+        ("image", {"path": "picture.png"}, "column image is of type struct<path: string>; expected bytes"),
+        ("description", "A cup.", "column description is of type string; expected structs"),
+    ],
+)  # fmt: skip
+def test_columns_of_another_kind(tmp_path, column, value, message):
+    parquet(tmp_path / "a.parquet", [subject_row()])
+    parquet(tmp_path / "b.parquet", [subject_row() | {column: value}])
+    refused(f"b.parquet: {message}", "subjects200k", tmp_path, collections=["collection_2"])
+
+
+def test_files_that_differ_in_width_order_and_encoding(tmp_path):
+    """Numbers of other widths, fields in another order, texts by number, pictures without a path, no value at all."""
+    names = ("imageQuality", "objectConsistency", "compositeStructure")
+    scores = [pa.struct([(name, kind) for name in order]) for kind, order in
+              ((pa.int32(), names[::-1]), (pa.float64(), names), (pa.int8(), names))]  # fmt: skip
+    tables = [pa.Table.from_pylist([subject_row(), subject_row(scores=(5, 5, 4))]) for _ in range(4)]
+    for number, kind in enumerate(scores):
+        column = tables[number]["quality_assessment"].to_pylist()
+        tables[number] = tables[number].set_column(2, "quality_assessment", pa.array(column, kind))
+    tables[1] = tables[1].set_column(1, "collection", tables[1]["collection"].dictionary_encode())
+    tables[2] = tables[2].set_column(0, "image", pa.array([png(views())] * 2))
+    tables[3] = tables[3].set_column(2, "quality_assessment", pa.nulls(2)).set_column(1, "collection", pa.nulls(2))
+    for number, table in enumerate(tables):
+        pq.write_table(table, tmp_path / f"{number}.parquet")
+    importer = open_source("subjects200k", tmp_path)
+    assert [importer.key(i)[:8] for i in range(len(importer))][::2] == ["0/000000", "1/000000", "2/000000", "3/000000",
+                                                                       "3/000001"]  # fmt: skip
+    assert all((pixels(importer[index].target) == (50, 200)[index % 2]).all() for index in range(6))
+    rejected(importer, 6, "no scores", "3.parquet row 0: quality_assessment is null")
+    assert len(open_source("subjects200k", tmp_path, collections=["collection_2"])) == 6
+    (tmp_path / "3.parquet").rename(tmp_path / "only.parquet")
+    rejected(open_source("subjects200k", tmp_path / "only.parquet"), 0, "no scores", "row 0")
+
+
+def test_texts_and_columns_that_are_damaged(tmp_path):
+    table = pa.Table.from_pylist([subject_row(description_0="caf\0"), subject_row()])
+    path = parquet(tmp_path / "a.parquet", [subject_row(description_0="cafX"), subject_row()])
+    pq.write_table(table, path, compression="none", use_dictionary=False)
+    path.write_bytes(path.read_bytes().replace(b"caf\0", b"caf\xe9"))
+    importer = open_source("subjects200k", path)
+    rejected(importer, 0, "damaged parquet", "a.parquet row 0: a text is not UTF-8")
+    assert importer[2].caption == "A cup on the left."
+    path.write_bytes(path.read_bytes().replace(b"collection_2", b"collection\xff2"))
+    refused("a.parquet is damaged (In chunk 0: Invalid: Invalid UTF8", "subjects200k", path, collections=["x"])
+    table = table.append_column("image", pa.nulls(2))
+    pq.write_table(table, path)
+    refused("a.parquet has column image more than once; rename the others", "subjects200k", path)
 
 
 def test_damage_in_one_row_group(tmp_path):

@@ -64,6 +64,34 @@ def test_lines_that_cannot_be_used(folder):
     assert importer[7].caption == "A cat."
 
 
+@pytest.mark.parametrize("prompts", ["A cat.\n\n", "A cat.\r\n\r\n", "A cat.\n\n\n \n"])
+def test_the_last_prompt_is_empty(folder, prompts):
+    (folder / "prompts.txt").write_bytes(prompts.encode())
+    importer = open_source("text_lists", folder)
+    assert len(importer) == 2 and importer[0].caption == "A cat."
+    rejected(importer, 1, "no caption", "videos.txt line 2 has none")
+    (folder / "prompts.txt").write_text("A cat.\n")  # this newline ends the only line
+    refused("prompts.txt has 1 lines and", "text_lists", folder)
+
+
+def test_empty_lines_at_the_end(folder):
+    (folder / "videos.txt").write_text("videos/0.mp4\nvideos/1.mp4\n\n\n")
+    assert len(open_source("text_lists", folder)) == 2
+    (folder / "images.txt").write_text("images/0.png\n\n")
+    importer = open_source("text_lists", folder)
+    assert len(importer[0].references) == 1
+    rejected(importer, 1, "no file", "videos.txt line 2 image names no file")
+
+
+def test_one_file_in_two_spellings(folder):
+    (folder / "videos.txt").write_text(f"videos/0.mp4\n./videos//0.mp4\n{folder}/videos/1.mp4\nx/../videos/1.mp4")
+    (folder / "prompts.txt").write_text("A cat.\n" * 4)
+    importer = open_source("text_lists", folder)
+    assert importer[0].key == "videos/0.mp4" and importer[2].key == "videos/1.mp4"
+    rejected(importer, 1, "duplicate key", "videos.txt line 2: videos/0.mp4 was there before")
+    rejected(importer, 3, "duplicate key", "videos.txt line 4: videos/1.mp4 was there before")
+
+
 def test_references_that_are_no_pictures(folder):
     (folder / "images.txt").write_text("videos/0.mp4\nimages/9.png")
     importer = open_source("text_lists", folder)
