@@ -24,7 +24,6 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import tensorflow_datasets  # noqa: F401  so that importing it is not measured
 from PIL import Image
 
 from sdv_jax.checkpoints.model_folder import about

@@ -15,6 +15,9 @@ so `tfds.data_source("NAME/BUCKET", data_dir=DIR.parent)["train"]` reads it too,
     caption, key, provenance            text, the last one JSON
 
 Records are not compressed: it would save a fifth of the disk, and reading would take twice as long.
+
+tensorflow-datasets is imported with this module and never later: while it is imported it replaces Python's own import
+(etils' lazy imports), and what other threads import meanwhile, as Pillow does to decode, fails.
 """
 
 import contextlib
@@ -23,11 +26,17 @@ import functools
 import hashlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core import dataset_info, naming
+from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 
 from sdv_jax.data import manifest as manifests
 from sdv_jax.data.files import make_folder, replacing
@@ -95,8 +104,6 @@ class Bucket:
             raise self._damaged(index, error) from error
 
     def _stored(self, index: int) -> Mapping:
-        from tensorflow_datasets.proto import tf_example_pb2
-
         if not 0 <= index < len(self):
             raise KeyError(f"record {index} of {len(self)}")
         try:
@@ -112,8 +119,6 @@ class Bucket:
 
     @functools.cached_property
     def _source(self):
-        from array_record.python.array_record_data_source import ArrayRecordDataSource
-
         place = self.folder / self.name / VERSION
         return ArrayRecordDataSource(
             [_Part(str(place / _shard_name(s.unit, self.units)), 0, s.records, s.records) for s in self.shards]
@@ -233,8 +238,6 @@ class ShardWriter:
     """
 
     def __init__(self, folder: Path, name: str, features: Mapping[str, Feature], *, unit: int, units: int):
-        from array_record.python.array_record_module import ArrayRecordWriter
-
         self._unit, self._features = unit, features
         self._path = make_folder(folder / name / VERSION, what="bucket") / _shard_name(unit, units)
         self._stack = contextlib.ExitStack()
@@ -361,8 +364,6 @@ def _without_padding(text: np.ndarray) -> np.ndarray:
 
 def _serialised(arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> bytes:
     """A tf.train.Example as the features of `_tfds_features` parse it, and the same bytes for the same content."""
-    from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
-
     raw = {name: array.tobytes() for name, array in arrays.items()}
     raw |= {name: text.encode("utf-8") for name, text in texts.items()}
     stored = {
@@ -377,8 +378,6 @@ def _shard_name(unit: int, units: int) -> str:
 
 
 def _tfds_features(features: Mapping[str, Feature]):
-    import tensorflow_datasets as tfds
-
     arrays = {
         name: tfds.features.Tensor(
             shape=(None, *f.shape[1:]) if name == "text" and len(f.shape) == 2 else f.shape,
@@ -393,11 +392,6 @@ def _write_metadata(
     folder: Path, name: str, features: Mapping[str, Feature], shards: Sequence[Shard], units: int
 ) -> dict[str, str]:
     """Writes dataset_info.json and features.json of a bucket; returns their SHA-256."""
-    import tempfile
-
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import dataset_info, naming
-
     place = folder / name / VERSION
     by_unit = {shard.unit: shard for shard in shards}
     # A length of zero says that the file of that number does not exist.

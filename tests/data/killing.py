@@ -10,9 +10,6 @@ import signal
 import sys
 import time
 
-import tensorflow_datasets  # noqa: F401  here and not in every run
-from array_record.python import array_record_data_source, array_record_module  # noqa: F401
-
 from sdv_jax.checkpoints import model_folder
 from sdv_jax.data import prepare
 from sdv_jax.data.encoding import Encoders

@@ -25,6 +25,18 @@ np.savez(sys.argv[3], **{n: np.stack([r[n] for r in rows]) for n in ("mean", "re
          caption=[r["caption"].decode() for r in rows], text0=rows[0]["text"])
 """
 
+WRITE_AND_READ = """
+import sys
+from sdv_jax.data import records
+from tests.train import tiny
+dataset, before = tiny.dataset(5, frames=2, views=3), set(sys.modules)
+records.save(sys.argv[1], dataset)
+(bucket,) = records.load(sys.argv[1]).buckets
+bucket[0], bucket.describe(1)
+late = [name for name in set(sys.modules) - before if name.startswith(("etils", "tensorflow", "array_record"))]
+assert not late, late
+"""
+
 
 def as_dataset(folder, name="set", **options):
     dataset = tiny.dataset(5, frames=2, views=3, **options)
@@ -77,6 +89,12 @@ def test_tensorflow_datasets_reads_it_without_tensorflow(tmp_path, dtype):
     np.testing.assert_array_equal(read["reference_logvar"], dataset.reference_logvar)
     np.testing.assert_array_equal(read["text0"], dataset.text[0, :1])
     assert tuple(read["caption"]) == dataset.captions
+
+
+def test_nothing_that_replaces_pythons_import_is_imported_while_threads_may_import(tmp_path):
+    command = [sys.executable, "-c", WRITE_AND_READ, str(tmp_path / "set")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_zero_rows_of_text_are_not_stored_and_come_back(tmp_path):
