@@ -184,7 +184,7 @@ def _sample_arguments(command: argparse.ArgumentParser) -> None:
 
 def _sample(options: argparse.Namespace) -> None:
     from sdv_jax.data.files import check_writable
-    from sdv_jax.data.images import FITS, fit_image, read_image
+    from sdv_jax.data.images import FITS, fit_image, read_image, silence_pillow
     from sdv_jax.data.video import check_fps, to_uint8, write_contact_sheet, write_video
     from sdv_jax.request import DTYPES, check_choice, check_request, check_takes_image
 
@@ -201,6 +201,7 @@ def _sample(options: argparse.Namespace) -> None:
         check_fps(options.fps)
     check_choice(options.reference_fit, "reference fit", FITS)
     check_choice(options.dtype, "dtype", DTYPES)
+    silence_pillow()
     pictures = [read_image(path) for path in options.reference]
     first_frame = read_image(options.image, name="image") if options.image else None
 

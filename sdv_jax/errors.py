@@ -1,4 +1,8 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""The one exception that means "the input is wrong", as opposed to "the program is wrong", or "the machine is"."""
+
+import errno
+
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EIO)
 
 
 class UserError(ValueError):
@@ -7,3 +11,11 @@ class UserError(ValueError):
     The message is one line that says what is wrong, where, what was expected and found, and what to do. The command
     line prints it after `sdv: error:` and exits with status 2; library callers catch it as a `ValueError`.
     """
+
+
+def of_the_machine(error: BaseException) -> bool:
+    """Whether an error of the operating system says nothing of the file at hand: any other would fail alike.
+
+    A full disk, too many open files, a device that does not answer.
+    """
+    return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE

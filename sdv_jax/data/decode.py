@@ -6,7 +6,7 @@ long the file is. A clip is decoded by one thread: decode several at once to use
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -15,10 +15,10 @@ import av
 import numpy as np
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import ExifTags, Image
 
 from sdv_jax.data import streams
-from sdv_jax.data.images import SMALLEST_SIDE, read_image
+from sdv_jax.data.images import SMALLEST_SIDE, on_white, opened, read_image
 from sdv_jax.data.importers.item import Box, Clip, Frame, Picture, Rejected
 from sdv_jax.data.importers.masks import Mask
 from sdv_jax.errors import UserError
@@ -26,6 +26,7 @@ from sdv_jax.errors import UserError
 _MOST_CUT = 8  # a clip of which more than 7/8 would be cut away has too odd proportions
 _TALLEST_SD = 576  # lines; a larger untagged video is taken for BT.709, as players do
 _UNTAGGED = 2  # "unspecified" among the colour matrices of ISO/IEC 23091-2
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _SCALING = (
     Interpolation.BICUBIC
     | Interpolation.ACCURATE_RND
@@ -104,6 +105,17 @@ def read_clip(clip: Clip, size: Size, *, fps: float | None) -> UInt8[np.ndarray,
             "frame rate too low", f"{clip.path}: {size.frames} frames at {fps:g} fps show {distinct} different ones"
         )
     return result
+
+
+def picture_size(picture: Picture) -> tuple[int, int]:
+    """Height and width of a picture, upright; of a file no more than the header is read. Raises Rejected."""
+    if picture.box is not None:
+        left, top, right, bottom = picture.box
+        return max(1, bottom - top), max(1, right - left)
+    name = "picture" if isinstance(picture.source, bytes) else f"picture {picture.source}"
+    with _readable(picture), opened(picture.source, name=name) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+        return image.size if turned else image.size[::-1]
 
 
 def read_picture(
@@ -222,10 +234,17 @@ class _Fitter:
 
 
 def _picture_pixels(picture: Picture) -> UInt8[np.ndarray, "h w 3"]:
+    with _readable(picture):
+        return read_image(picture.source, name="picture")
+
+
+@contextmanager
+def _readable(picture: Picture) -> Iterator[None]:
+    """Raises Rejected where there is no file, and for UserErrors of images.py inside the block."""
     if not isinstance(picture.source, bytes) and not picture.source.exists():
         raise Rejected("file missing", f"{picture.source} does not exist")
     try:
-        return read_image(picture.source, name="picture")
+        yield
     except UserError as error:
         raise Rejected("unreadable picture", str(error)) from error
 
@@ -243,7 +262,7 @@ def _frame_pixels(picture: Frame) -> tuple[UInt8[np.ndarray, "h w 3"], float]:
 def _rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
     """The stored picture; transparency on white."""
     if _has_alpha(frame):
-        return read_image(Image.fromarray(frame.to_ndarray(format="rgba")))
+        return on_white(frame.to_ndarray(format="rgba"))
     return frame.reformat(format="rgb24", interpolation=_SCALING, src_colorspace=_colorspace(frame)).to_ndarray()
 
 

@@ -9,18 +9,30 @@ What is accepted, and what becomes of it:
 """
 
 import io
+import logging
 import os
 import pathlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, of_the_machine
 
 SMALLEST_SIDE = 8  # pixels; below it a picture holds less than one latent cell of any published VAE
 FITS = ("crop", "pad")
+
+
+def silence_pillow() -> None:
+    """Pillow's warnings are shown no more: of pictures with damaged EXIF or TIFF tags, several lines for each.
+
+    Called once where a command starts: filters that a thread sets for itself (`warnings.catch_warnings`) hold for all.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def read_image(source, *, name: str = "reference image") -> UInt8[np.ndarray, "h w 3"]:
@@ -37,11 +49,12 @@ def read_image(source, *, name: str = "reference image") -> UInt8[np.ndarray, "h
     """
     if isinstance(source, (str, os.PathLike)):
         name = f"{name} {source}"
-        pixels = _from_file(pathlib.Path(source), name)
-    elif isinstance(source, bytes):
-        pixels = _guarded(lambda: _decoded(io.BytesIO(source)), name)
+    if isinstance(source, (str, os.PathLike, bytes)):
+        with opened(source, name=name) as image:
+            pixels = _to_rgb(image)
     elif isinstance(source, Image.Image):
-        pixels = _guarded(lambda: _to_rgb(source), name)
+        with _guarded(name):
+            pixels = _to_rgb(source)
     elif isinstance(source, np.ndarray) or hasattr(source, "__array__"):
         pixels = _from_array(np.asarray(source), name)
     else:
@@ -52,6 +65,21 @@ def read_image(source, *, name: str = "reference image") -> UInt8[np.ndarray, "h
             f"{name} has {width}x{height} pixels; both sides must have at least {SMALLEST_SIDE}: give a larger picture"
         )
     return pixels
+
+
+@contextmanager
+def opened(source: str | os.PathLike | bytes, *, name: str) -> Iterator[Image.Image]:
+    """A picture of which no more than the header is read; `source` is a path, or the bytes of such a file.
+
+    Raises UserError where it is missing, empty, no picture or of too many pixels, and for what Pillow raises inside the
+    block.
+    """
+    if not isinstance(source, bytes):
+        _check_file(pathlib.Path(source), name)
+    with _guarded(name), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow warns, and raises above twice as many
+            raise Image.DecompressionBombError
+        yield image
 
 
 def fit_image(
@@ -84,27 +112,20 @@ def stretch_image(
     return np.asarray(image, np.float32) / 127.5 - 1.0
 
 
-def _from_file(path: pathlib.Path, name: str) -> np.ndarray:
+def _check_file(path: pathlib.Path, name: str) -> None:
     if not path.exists():
         raise UserError(f"{name} does not exist; check the path")
     if path.is_dir():
         raise UserError(f"{name} is a folder; give an image file")
     if path.stat().st_size == 0:
         raise UserError(f"{name} is an empty file; give an image file")
-    return _guarded(lambda: _decoded(path), name)
 
 
-def _decoded(file: pathlib.Path | io.BytesIO) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(file) as image:
-            return _to_rgb(image)
-
-
-def _guarded(read, name: str) -> np.ndarray:
-    """`read()`, with everything that Pillow raises on a bad file told as a UserError."""
+@contextmanager
+def _guarded(name: str) -> Iterator[None]:
+    """Raises UserError for everything that Pillow raises on a bad file inside the block."""
     try:
-        return read()
+        yield
     except UnidentifiedImageError as error:
         raise UserError(
             f"{name} is not an image that can be read (PNG, JPEG, WebP, GIF, TIFF, BMP); convert it"
@@ -116,6 +137,8 @@ def _guarded(read, name: str) -> np.ndarray:
     except (MemoryError, UserError):
         raise
     except Exception as error:
+        if of_the_machine(error):
+            raise
         # Pillow reports damage with whatever its decoder raised, in words that change with its version.
         raise UserError(f"{name} is damaged and cannot be read; replace the file") from error
 
@@ -128,7 +151,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         return _from_array(np.asarray(image), "floating-point image")
     if image.has_transparency_data:
-        return _on_white(np.asarray(image.convert("RGBA")))
+        return on_white(np.asarray(image.convert("RGBA")))
     return np.array(image.convert("RGB"))
 
 
@@ -152,7 +175,7 @@ def _from_array(array: np.ndarray, name: str) -> np.ndarray:
     elif array.dtype != np.uint8:
         raise UserError(f"{name} is an array of {array.dtype}; expected uint8 in 0..255 or floats in [0, 1]")
     if array.shape[-1] == 4:
-        return _on_white(array)
+        return on_white(array)
     return np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else np.array(array)
 
 
@@ -161,6 +184,7 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     return np.round(np.clip(values, 0, 65535) / 257.0).astype(np.uint8)
 
 
-def _on_white(rgba: np.ndarray) -> np.ndarray:
+def on_white(rgba: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture with transparency as it looks on white."""
     alpha = rgba[..., 3:].astype(np.float32) / 255
     return np.round(rgba[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)

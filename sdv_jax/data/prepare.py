@@ -30,6 +30,7 @@ from sdv_jax.data import encoding, importers, page, records, samples, units
 from sdv_jax.data.decode import Size
 from sdv_jax.data.encoding import Encoders
 from sdv_jax.data.files import make_folder
+from sdv_jax.data.images import silence_pillow
 from sdv_jax.data.importers.item import Importer, Rejected
 from sdv_jax.data.manifest import Feature, one_line, write_json
 from sdv_jax.data.records import ShardWriter
@@ -99,6 +100,7 @@ def prepare(config: Config, *, process: tuple[int, int] = (0, 1), progress: bool
     `rejected.most` cannot be used; what was finished before is kept, and the same call goes on.
     """
     start = time.perf_counter()
+    silence_pillow()
     job = _open(config)
     finished = job.finished()
     _judge(job, finished)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from sdv_jax.data import importers, samples, settings
 from sdv_jax.data.decode import Size
 from sdv_jax.data.encoding import Encoders
+from sdv_jax.data.images import silence_pillow
 from sdv_jax.data.importers.item import Importer, Rejected
 from sdv_jax.data.samples import Recipe, bucket_name
 from sdv_jax.errors import UserError
@@ -82,6 +83,7 @@ def load(file: str | Path, *, model: str, embed: bool) -> RawSet:
     `embed`: captions as embeddings, else as token ids. Items that cannot be used are told on stderr. Raises UserError
     as preparing does, and when more than `rejected.most` of the items cannot be used, or none can.
     """
+    silence_pillow()
     config = settings.load(file, {"model.path": model, "output.path": "raw"})
     importer = importers.open_source(config.source.format, Path(config.source.path), **config.source.options)
     device = jax.local_devices()[:1]

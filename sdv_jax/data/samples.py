@@ -2,20 +2,17 @@
 
 import dataclasses
 import hashlib
-import io
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, UnidentifiedImageError
 
-from sdv_jax.data.decode import Size, probe, read_clip, read_crops, read_picture
+from sdv_jax.data.decode import Size, picture_size, probe, read_clip, read_crops, read_picture
 from sdv_jax.data.importers.item import Clip, Importer, Item, Picture, Rejected
 
 REFERENCES = ("target", "views")
 _SHORT = ("too short", "damaged video")  # for which a bucket of fewer frames may do
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,22 +136,8 @@ def _picture_bucket(picture: Picture, buckets: Sequence[Size]) -> Size:
         raise Rejected("no bucket for pictures", "the item is a picture; no bucket has one frame")
     if len(able) == 1:
         return able[0]
-    height, width = _picture_size(picture)
+    height, width = picture_size(picture)
     return choose(able, frames=None, height=height, width=width)[0]
-
-
-def _picture_size(picture: Picture) -> tuple[int, int]:
-    """Height and width, upright; of a file the header is read only."""
-    if picture.box is not None:
-        left, top, right, bottom = picture.box
-        return max(1, bottom - top), max(1, right - left)
-    source = io.BytesIO(picture.source) if isinstance(picture.source, bytes) else picture.source
-    try:
-        with Image.open(source) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-            return image.size if turned else image.size[::-1]
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise Rejected("unreadable picture", f"{' '.join(str(error).split())}") from error
 
 
 def _generator(key: str, seed: int) -> np.random.Generator:

@@ -3,6 +3,7 @@
 Nothing here holds more than one frame. What PyAV raises on a bad file becomes `Rejected`.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,6 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from sdv_jax.data.importers.item import Rejected
+from sdv_jax.errors import of_the_machine
 
 # A file is what its content says, and some contents name other files or addresses (playlists, ffconcat): only
 # containers that hold their own pictures are opened, and nothing but local files.
@@ -66,6 +68,7 @@ def opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
     Raises:
       Rejected: no file, no permission, nothing in it, not a video, sound only, or frames of absurd size; whatever
         FFmpeg reports inside the block.
+      OSError: too many open files.
     """
     if not path.is_file():
         raise Rejected("file missing", f"{path} does not exist" if not path.exists() else f"{path} is not a file")
@@ -76,6 +79,8 @@ def opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoSt
     try:
         container = av.open(str(path.absolute()), options=_OPENING, metadata_errors="replace")
     except (av.FFmpegError, ValueError) as error:
+        if of_the_machine(error) and error.errno != errno.EIO:  # which is also what FFmpeg calls damage
+            raise
         raise Rejected("unreadable video", f"{path} is damaged or not a video ({_words(error)})") from error
     with container:
         covers = Disposition.attached_pic

@@ -294,6 +294,13 @@ def test_transparency_is_put_on_white(tmp_path):
         assert tuple(pixels[5, 5]) == (255, 255, 255) and tuple(pixels[5, 40]) == (200, 60, 30)
 
 
+def test_a_tiny_video_with_transparency_is_read_like_one_without(tmp_path):
+    for pix_fmt, channels in (("argb", 4), ("rgb24", 3)):
+        path = write(tmp_path / f"{pix_fmt}.mov", np.full((2, 4, 4, channels), 255, np.uint8), codec="qtrle",
+                     pix_fmt=pix_fmt)  # fmt: skip
+        assert (read_clip(Clip(path), Size(2, 32, 32), fps=None) == 255).all()
+
+
 def test_decoding_twice_gives_the_same_bytes(tmp_path):
     frames = np.random.default_rng(0).integers(0, 255, (9, 60, 80, 3), np.uint8)
     write(tmp_path / "a.mp4", frames)

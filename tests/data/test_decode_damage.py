@@ -1,5 +1,8 @@
 """Videos that are damaged, odd or none: each is rejected with its reason, or gives what is whole."""
 
+import os
+import resource
+
 import av
 import numpy as np
 import pytest
@@ -169,3 +172,16 @@ def test_frames_of_absurd_size(tmp_path, monkeypatch):
     write(tmp_path / "a.mp4", numbered(2))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     rejected("frames too large", "48x32 pixels, more than 1000", clip=tmp_path / "a.mp4")
+
+
+def test_too_many_open_files_are_not_told_of_the_video(tmp_path):
+    write(tmp_path / "a.mp4", numbered(2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            probe(Clip(tmp_path / "a.mp4"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(free)

@@ -1,10 +1,17 @@
 """What users hand over as a reference picture, and what becomes of it."""
 
+import errno
+import io
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from sdv_jax.data.images import fit_image, read_image
+from sdv_jax.data import images
+from sdv_jax.data.images import fit_image, read_image, silence_pillow
 from sdv_jax.errors import UserError
 
 RED = (255, 0, 0)
@@ -104,6 +111,57 @@ def test_truncated_files_are_refused_in_one_line(tmp_path, gradient, keep):
         with pytest.raises(UserError, match="cut") as caught:
             read_image(cut)
         assert "\n" not in str(caught.value)
+
+
+def encoded(picture, kind="PNG", **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_a_thread_that_reads_a_picture_leaves_the_filters_of_warnings_alone(gradient, monkeypatch):
+    """The first of two threads begins first and ends first, while the second still reads."""
+    first, second = Image.fromarray(gradient), Image.fromarray(gradient[:, :20])
+    begun, ended = {30: threading.Event(), 20: threading.Event()}, threading.Event()
+
+    def slowly(image):
+        begun[image.width].set()
+        assert begun[20].wait(20) and (image.width == 30 or ended.wait(20))
+        return np.asarray(image)
+
+    monkeypatch.setattr(images, "_to_rgb", slowly)
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(read_image, encoded(first))
+        assert begun[30].wait(20)
+        other = pool.submit(read_image, encoded(second))
+        one.result(20)
+        ended.set()
+        other.result(20)
+    assert warnings.filters == before
+
+
+def test_what_pillow_says_of_damaged_tags_is_not_shown(gradient, recwarn):
+    tags = b"Exif\0\0II*\0\x08\0\0\0\x05\0" + b"\x12\x01\x03\0\x01\0\0\0\x01\0\0\0" + b"cut"
+    source = encoded(Image.fromarray(gradient), "JPEG", exif=tags)
+    shown = read_image(source)
+    assert any("Corrupt EXIF data" in str(warning.message) for warning in recwarn)
+    recwarn.clear()
+    silence_pillow()
+    np.testing.assert_array_equal(read_image(source), shown)
+    with pytest.raises(UserError, match="more than 89478485 pixels"):
+        read_image(encoded(Image.new("1", (9500, 9500))))
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.EIO])
+def test_what_is_wrong_with_the_machine_is_not_told_of_the_picture(gradient, number, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(number, "the machine")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(OSError, match="the machine"):
+        read_image(encoded(Image.fromarray(gradient)))
 
 
 def test_fit_keeps_proportions():

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,15 @@ def test_what_is_no_picture_is_rejected(tmp_path, content):
     source = tmp_path / "none.png" if content is Path else content
     with pytest.raises(Rejected, match="unreadable picture|file missing"):
         read(Item("a", "a", Picture(source)))
+
+
+@pytest.mark.parametrize("side", [9500, 14_000])
+def test_a_picture_of_too_many_pixels_is_rejected_by_its_header(tmp_path, side):
+    Image.new("1", (side, side)).save(tmp_path / "a.png")
+    for source in (tmp_path / "a.png", (tmp_path / "a.png").read_bytes()):
+        with warnings.catch_warnings(), pytest.raises(Rejected, match="unreadable picture: .*more than 89478485"):
+            warnings.simplefilter("error")
+            read(Item("a", "a", Picture(source)))
 
 
 def test_pictures_in_memory(tmp_path):

@@ -1,14 +1,13 @@
 """Subjects200K: parquet rows that hold two views of a subject side by side in one picture (Yuanshi, apache-2.0)."""
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 from pyarrow import types
 
+from sdv_jax.data.images import opened
 from sdv_jax.data.importers.item import Box, Item, Picture, Rejected
 from sdv_jax.data.importers.parquet import NUMBERS, TEXTS, Kind, ParquetRows, structs
 from sdv_jax.data.importers.reading import caption, checked
@@ -128,10 +127,10 @@ def _views(content: bytes, options: Options, where: str) -> tuple[Box, Box]:
     A picture of two views of side s with a margin p around and between them is 2 s + 3 p wide and s + 2 p high.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with opened(content, name=f"{where}: the picture") as image:
             width, height = image.size
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise Rejected("unreadable picture", f"{where}: not an image that can be read") from error
+    except UserError as error:
+        raise Rejected("unreadable picture", str(error)) from error
     side, margin = options.image_size, options.padding
     if not side:
         margin = 2 * height - width

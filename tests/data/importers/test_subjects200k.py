@@ -1,5 +1,7 @@
 """Subjects200K: two views in one picture, scores, directions, and rows that are not whole."""
 
+import warnings
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,6 +44,17 @@ def test_other_sizes(tmp_path, side, margin):
     assert (pixels(item.target) == 200).all() and (pixels(item.references[0]) == 50).all()
 
 
+def test_a_picture_of_too_many_pixels_is_one_item_set_aside(tmp_path):
+    too_large = views(side=6700, margin=8)[..., 0]
+    parquet(tmp_path / "a.parquet", [subject_row(image=png(too_large)), subject_row()])
+    importer = open_source("subjects200k", tmp_path, both_directions=False)
+    with warnings.catch_warnings():
+        for shown in ("error", "ignore"):
+            warnings.simplefilter(shown)
+            rejected(importer, 0, "unreadable picture", "row 0: the picture has more than 89478485 pixels")
+    assert (pixels(importer[1].target) == 50).all()
+
+
 def test_scores_and_collections(tmp_path):
     rows = [
         subject_row(scores=(5, 5, 5), collection="collection_1"), subject_row(scores=(5, 4, 5)),
@@ -70,7 +83,7 @@ def test_rows_that_are_not_whole(tmp_path):
     rejected(importer, 3, "no caption", "row 1 description_1 has none")
     rejected(importer, 4, "no caption", "row 2: description is null")
     rejected(importer, 6, "no picture", "row 3: image is null")
-    rejected(importer, 8, "unreadable picture", "row 4: not an image")
+    rejected(importer, 8, "unreadable picture", "row 4: the picture is not an image")
     rejected(importer, 10, "not two views", "row 5: 60x66 is not two squares side by side")
     assert importer[1].references  # and the set goes on
 
