@@ -24,6 +24,7 @@ from sdv_jax.data.importers.masks import Mask
 from sdv_jax.errors import UserError
 
 _MOST_CUT = 8  # a clip of which more than 7/8 would be cut away has too odd proportions
+_LONGEST = 10_000_000  # seconds, four months: a longer clip has a time stamp that is wrong
 _TALLEST_SD = 576  # lines; a larger untagged video is taken for BT.709, as players do
 _UNTAGGED = 2  # "unspecified" among the colour matrices of ISO/IEC 23091-2
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
@@ -72,6 +73,8 @@ def probe(clip: Clip) -> Probe:
     duration = stop - part[0]
     if duration <= 0:
         raise Rejected("damaged video", f"{clip.path} has no duration")
+    if duration > _LONGEST:
+        raise Rejected("damaged video", f"{clip.path} says that it lasts {float(duration):.0f} s")
     return Probe(len(part), float(len(part) / duration), height, max(1, round(width * first.aspect)), float(duration))
 
 

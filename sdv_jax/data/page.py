@@ -2,6 +2,7 @@
 
 import base64
 import html
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,7 +149,7 @@ def _histogram(durations: Sequence[float]) -> dict[str, int]:
     if not durations:
         return {}
     longest = max(durations)
-    step = next(m * 10.0**e for e in range(-3, 8) for m in (1, 2, 5) if longest < _BINS * m * 10.0**e)
+    step = next(m * 10.0**e for e in itertools.count(-3) for m in (1, 2, 5) if longest < _BINS * m * 10.0**e)
     counts = np.bincount(np.floor(np.asarray(durations) / step).astype(int))
     first = int(np.flatnonzero(counts)[0])
     return {f"{i * step:g} to {(i + 1) * step:g} s": int(counts[i]) for i in range(first, len(counts))}

@@ -125,6 +125,13 @@ def test_time_that_runs_backwards(tmp_path):
     rejected("damaged video", "b.ts: time runs backwards after", clip=tmp_path / "b.ts", size=Size(20, 32, 48))
 
 
+def test_a_time_stamp_of_another_century(tmp_path):
+    path = write(tmp_path / "a.mkv", numbered(4), times=[0, 100, 200, 10**12])
+    with pytest.raises(Rejected, match="damaged video: .*a.mkv says that it lasts 10000000.. s"):
+        probe(Clip(path))
+    assert probe(Clip(path, end=2)).duration == 0.2
+
+
 def test_random_damage_never_escapes(tmp_path):
     """Whatever bytes are wrong: frames of the right shape, or Rejected in one line."""
     write(tmp_path / "a.mp4", noisy(6), flags={"movflags": "faststart"})

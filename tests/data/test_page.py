@@ -132,6 +132,9 @@ def test_thumbnails_are_capped_and_spread(items, most):
         ([0.0], {"0 to 0.001 s": 1}),
         ([3.0, 3.4, 14.0], {"2 to 4 s": 2, "4 to 6 s": 0, "6 to 8 s": 0, "8 to 10 s": 0, "10 to 12 s": 0,
                             "12 to 14 s": 0, "14 to 16 s": 1}),
+        ([1.5, 1e9], {"0 to 1e+08 s": 1} | {f"{i}e+08 to {i + 1}e+08 s": 0 for i in range(1, 9)}
+                     | {"9e+08 to 1e+09 s": 0, "1e+09 to 1.1e+09 s": 1}),
+        ([1e300], {"1e+300 to 1.1e+300 s": 1}),
     ],
 )  # fmt: skip
 def test_histogram(durations, expected):
