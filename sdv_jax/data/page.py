@@ -14,7 +14,7 @@ from PIL import Image
 from sdv_jax.data.files import replacing
 from sdv_jax.data.samples import Sample, bucket_name
 from sdv_jax.data.settings import Page
-from sdv_jax.data.units import Thumbnail, Unit
+from sdv_jax.data.units import RejectedItem, Thumbnail, Unit
 
 THUMBNAILS = "thumbnails"
 _QUALITY = 80  # of JPEG
@@ -84,6 +84,7 @@ def write(folder: Path, about: Mapping[str, Any], units: Sequence[Unit]) -> None
     kept, items = sum(about["records_per_bucket"].values()), about["items"]
     title = html.escape(folder.resolve().name)
     shown = [thumbnail for unit in units for thumbnail in unit.thumbnails]
+    rejected, left_out = ([i for unit in units for i in getattr(unit, name)] for name in ("rejected", "left_out"))
     parts = [
         f"<h1>{title}</h1>",
         f'<div class="soft">{_origin(about)}</div>',
@@ -92,7 +93,8 @@ def write(folder: Path, about: Mapping[str, Any], units: Sequence[Unit]) -> None
         _section("Sizes (frames × height × width)", _bars(about["records_per_bucket"])),
         _section("Length of the clips", _bars(_histogram([d for unit in units for d in unit.durations]))),
         "</div>",
-        _section(f"Set aside: {items - kept} of {items}", _rejected(about["rejected"], units)),
+        _section(f"Set aside: {items - kept} of {items}", _rejected(about["rejected"], rejected)),
+        _section("References left out of records with others", _reasons(about["references_left_out"], left_out)),
         _section(f"Samples: {len(shown)} of {kept}", _cards(folder, shown)),
         _section("Settings", _settings(about["settings"])),
     ]
@@ -155,11 +157,18 @@ def _histogram(durations: Sequence[float]) -> dict[str, int]:
     return {f"{i * step:g} to {(i + 1) * step:g} s": int(counts[i]) for i in range(first, len(counts))}
 
 
-def _rejected(reasons: Mapping[str, int], units: Sequence[Unit]) -> str:
+def _rejected(reasons: Mapping[str, int], items: Sequence[RejectedItem]) -> str:
     if not reasons:
         return '<p class="soft">Nothing: every item could be used.</p>'
+    return _reasons(reasons, items) + "<p class=soft>All of them are in rejected.jsonl.</p>"
+
+
+def _reasons(reasons: Mapping[str, int], items: Sequence[RejectedItem]) -> str:
+    """Counts, and a few examples of each; "" where there is nothing."""
+    if not reasons:
+        return ""
     examples = {reason: [] for reason in reasons}
-    for item in (item for unit in units for item in unit.rejected):
+    for item in items:
         if len(examples[item.reason]) < _EXAMPLES:
             examples[item.reason].append(item)
     told = "".join(
@@ -168,7 +177,7 @@ def _rejected(reasons: Mapping[str, int], units: Sequence[Unit]) -> str:
         + "</ul></details>"
         for reason, found in examples.items()
     )
-    return _bars(reasons, "bad") + f"<p class=soft>Examples; all of them are in rejected.jsonl:</p>{told}"
+    return _bars(reasons, "bad") + f"<p class=soft>Examples:</p>{told}"
 
 
 def _cards(folder: Path, shown: Sequence[Thumbnail]) -> str:

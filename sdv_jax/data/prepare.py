@@ -47,11 +47,15 @@ _DETAILS_SHOWN = 3  # reasons named when too many items are rejected
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Counts of the whole folder so far, and whether it is a dataset now; `encoded`, `seconds`: of this call."""
+    """Counts of the whole folder so far, and whether it is a dataset now; `encoded`, `seconds`: of this call.
+
+    `left_out` counts references that could not be read, of records that have others.
+    """
 
     finished: bool
     records: int
     rejected: int
+    left_out: int
     encoded: int
     seconds: float
 
@@ -115,13 +119,15 @@ def prepare(config: Config, *, process: tuple[int, int] = (0, 1), progress: bool
         _describe(job, finished)
     count = sum(len(keys) for unit in finished.values() for keys in unit.keys.values())
     rejected = sum(len(unit.rejected) for unit in finished.values())
-    return Result(whole, count, rejected, encoded, time.perf_counter() - start)
+    left_out = sum(len(unit.left_out) for unit in finished.values())
+    return Result(whole, count, rejected, left_out, encoded, time.perf_counter() - start)
 
 
 def tell(result: Result, config: Config) -> str:
     """The result in one line."""
     rate = f"; {result.encoded} of them now, {result.encoded / result.seconds:.2f} samples/s" if result.encoded else ""
-    told = f"{config.output.path}  {result.records} records, {result.rejected} items rejected{rate}"
+    views = f", {result.left_out} references left out" if result.left_out else ""
+    told = f"{config.output.path}  {result.records} records, {result.rejected} items rejected{views}{rate}"
     return told if result.finished else f"{told}; units of other processes are not finished yet"
 
 
@@ -198,7 +204,7 @@ def _judge(job: Job, finished: Mapping[int, Unit]) -> None:
     if bad <= c.most * seen or (seen < c.judged_after and seen < len(job.importer)):
         return
     units.write_rejected(job.folder, [finished[n] for n in sorted(finished)])
-    reasons = list(units.rejects(finished.values()).items())[:_DETAILS_SHOWN]
+    reasons = list(units.reasons(item for u in finished.values() for item in u.rejected).items())[:_DETAILS_SHOWN]
     raise UserError(
         f"{bad} of {seen} items could not be used ({', '.join(f'{reason}: {n}' for reason, n in reasons)}), more than "
         f"rejected.most={c.most:g} allows; see {job.folder / units.REJECTED_FILE}, correct the set, or raise "
@@ -289,6 +295,7 @@ class _Work:
         self._writers: dict[str, ShardWriter] = {}
         self._keys: dict[str, list[str]] = {}
         self._rejected: list[RejectedItem] = []
+        self._left_out: list[RejectedItem] = []
         self._thumbnails: list[Thumbnail] = []
         self._durations: list[float] = []
         self._filled = 0
@@ -313,6 +320,7 @@ class _Work:
             self._unit, job.settings, len(items), {name: tuple(self._keys[name]) for name in shards}, shards,
             tuple(self._rejected), tuple(self._thumbnails), tuple(self._durations),
             records.empty_text_sum(job.folder), self._filled, time.perf_counter() - start,
+            tuple(self._left_out),
         )  # fmt: skip
         units.write(job.folder, unit)
         return unit
@@ -323,6 +331,7 @@ class _Work:
             self._thumbnails.append(self._thumbnail(index, sample))
         if sample.size.frames > 1:
             self._durations.append(round(sample.seconds, 3))
+        self._left_out += [RejectedItem(sample.key, *why) for why in sample.left_out]
         pending = self._pending[sample.size]
         pending.append(sample)
         if len(pending) == self._encoders.video.whole(self._at_once(sample.size)):
@@ -386,7 +395,8 @@ def _describe(job: Job, finished: Mapping[int, Unit]) -> None:
         "source": dict(job.importer.about),
         "items": len(job.importer),
         "records_per_bucket": counts,
-        "rejected": dict(units.rejects(done)),
+        "rejected": units.reasons(item for unit in done for item in unit.rejected),
+        "references_left_out": units.reasons(item for unit in done for item in unit.left_out),
         "seconds_of_video": round(math.fsum(second for unit in done for second in unit.durations), 3),
         "captions_of_full_length": sum(unit.filled_captions for unit in done),
         "seconds_of_work": round(math.fsum(unit.seconds for unit in done), 3),

@@ -57,7 +57,11 @@ class RawRows:
         return {"key": item.key, "caption": item.caption}
 
     def _encoded(self, item: int) -> dict[str, np.ndarray]:
-        sample = samples.read(self.importer, item, self.recipe)
+        try:
+            sample = samples.read(self.importer, item, self.recipe)
+        except Rejected as error:
+            key = self.importer.key(item)
+            raise UserError(f"raw data: item {key} could be read when the run began, and now not: {error}") from error
         mean, logvar = self.encoders.video(sample.target[None], batch_size=1)
         views = self.encoders.video(sample.references[:, None], batch_size=1)
         text = np.asarray(self.encoders.text([sample.caption]))[0]
@@ -90,7 +94,8 @@ def load(file: str | Path, *, model: str, embed: bool) -> RawSet:
     encoders = Encoders.load(
         model, dtype=config.model.dtype, text_dtype=config.model.text_dtype, embed=embed, devices=device
     )
-    recipe, found, rejected, sum_ = config.recipe(), {}, Counter(), hashlib.sha256(repr(config.decides()).encode())
+    recipe, found, sum_ = config.recipe(), {}, hashlib.sha256(repr(config.decides()).encode())
+    rejected, left_out = Counter(), Counter()
     settings.check_sizes(recipe.buckets, encoders.traits.geometry)
     keys: set[str] = set()
     for item in tqdm(range(len(importer)), desc=f"looking at {config.source.path}", unit="item"):
@@ -102,9 +107,10 @@ def load(file: str | Path, *, model: str, embed: bool) -> RawSet:
             rejected[error.reason] += 1
             continue
         keys.add(sample.key)
+        left_out.update(reason for reason, _ in sample.left_out)
         sum_.update(f"{sample.key}\n{sample.caption}\n".encode())
         found.setdefault(sample.size, []).append(item)
-    _judge(config, rejected, len(importer))
+    _judge(config, rejected, left_out, len(importer))
     empty_text = np.asarray(encoders.text([""]))[0]
     buckets = tuple(
         RawRows(importer, recipe, size, tuple(items), encoders, _shapes(recipe, size, encoders, empty_text), not embed)
@@ -113,9 +119,9 @@ def load(file: str | Path, *, model: str, embed: bool) -> RawSet:
     return RawSet(encoders.traits.latents, empty_text, buckets, sum_.hexdigest()[:16])
 
 
-def _judge(config: settings.Config, rejected: Counter, count: int) -> None:
+def _judge(config: settings.Config, rejected: Counter, left_out: Counter, count: int) -> None:
     total, where = rejected.total(), f"raw data {config.source.path}"
-    told = ", ".join(f"{reason} {number}" for reason, number in rejected.most_common())
+    told = _told(rejected)
     if total == count or total > config.rejected.most * count:
         raise UserError(
             f"{where}: {total} of {count} items cannot be used ({told or 'there is none'}); mend the set, or raise "
@@ -123,6 +129,12 @@ def _judge(config: settings.Config, rejected: Counter, count: int) -> None:
         )
     if total:
         print(f"sdv: {where}: {total} of {count} items are left out: {told}", file=sys.stderr)
+    if left_out:
+        print(f"sdv: {where}: {left_out.total()} references are left out: {_told(left_out)}", file=sys.stderr)
+
+
+def _told(reasons: Counter) -> str:
+    return ", ".join(f"{reason} {number}" for reason, number in reasons.most_common())
 
 
 def _shapes(recipe: Recipe, size: Size, encoders: Encoders, empty_text: np.ndarray) -> dict[str, tuple[int, ...]]:

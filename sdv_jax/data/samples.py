@@ -4,12 +4,15 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 
 import numpy as np
 from jaxtyping import UInt8
 
 from sdv_jax.data.decode import Size, picture_size, probe, read_clip, read_crops, read_picture
 from sdv_jax.data.importers.item import Clip, Importer, Item, Picture, Rejected
+from sdv_jax.data.manifest import one_line
+from sdv_jax.errors import UserError, of_the_machine
 
 REFERENCES = ("target", "views")
 _SHORT = ("too short", "damaged video")  # for which a bucket of fewer frames may do
@@ -46,7 +49,12 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One item decoded: a clip or an image (one frame), its references; `seconds` of the source (0 for a picture)."""
+    """One item decoded: a clip or an image (one frame), its references.
+
+    Attributes:
+      seconds: of the source, 0 for a picture.
+      left_out: (reason, detail) of each other view that cannot be read, while there are some that can.
+    """
 
     key: str
     caption: str
@@ -55,6 +63,7 @@ class Sample:
     target: UInt8[np.ndarray, "t h w 3"]
     references: UInt8[np.ndarray, "k h w 3"]
     seconds: float
+    left_out: tuple[tuple[str, str], ...] = ()
 
 
 def bucket_name(size: Size) -> str:
@@ -63,11 +72,27 @@ def bucket_name(size: Size) -> str:
 
 
 def read(importer: Importer, index: int, recipe: Recipe) -> Sample:
-    """Decodes one item. The same item gives the same sample in every run. Raises Rejected when it cannot be used."""
-    item = importer[index]
-    size, target, seconds, rng = _target(item, recipe)
-    references = _references(item, recipe, size, target, rng)
-    return Sample(item.key, item.caption, item.provenance, size, target, references, seconds)
+    """Decodes one item. The same item gives the same sample in every run.
+
+    Raises:
+      Rejected: it cannot be used. An exception that nothing here foresees is one too, so that one item does not end
+        the work on a set: it is a defect of the program, counted under a reason of its own.
+      UserError: it is the machine that fails and not the item.
+    """
+    try:
+        item = importer[index]
+        size, target, seconds, rng = _target(item, recipe)
+        references, left_out = _references(item, recipe, size, target, rng)
+    except (Rejected, UserError):
+        raise
+    except MemoryError as error:
+        raise UserError(f"no memory left to read item {importer.key(index)}; set work.workers to fewer") from error
+    except Exception as error:
+        if of_the_machine(error):
+            told = f"item {importer.key(index)} cannot be read: {error.strerror}"
+            raise UserError(f"{told}; mend that, and the same command goes on") from error
+        raise Rejected("unforeseen error", one_line(error)) from error
+    return Sample(item.key, item.caption, item.provenance, size, target, references, seconds, left_out)
 
 
 def choose(
@@ -110,16 +135,27 @@ def _target(item: Item, recipe: Recipe) -> tuple[Size, UInt8[np.ndarray, "t h w 
 
 def _references(
     item: Item, recipe: Recipe, size: Size, target: UInt8[np.ndarray, "t h w 3"], rng: np.random.Generator
-) -> UInt8[np.ndarray, "k h w 3"]:
+) -> tuple[UInt8[np.ndarray, "k h w 3"], tuple[tuple[str, str], ...]]:
+    """(reference images, `Sample.left_out`)."""
     count = recipe.count(size)
     if recipe.references == "target" and isinstance(item.target, Clip):
-        return target[np.sort(rng.choice(size.frames, count, replace=False))]
-    views = item.references if recipe.references == "views" else (item.target,)
+        return target[np.sort(rng.choice(size.frames, count, replace=False))], ()
+    views = list(item.references if recipe.references == "views" else (item.target,))
     if not views:
-        raise Rejected("no other view", "the item has no references; references.source='target' takes its own frames")
-    used, how = views[:count], dict(height=size.height, width=size.width, jitter=recipe.jitter, rng=rng)
-    crops = [read_crops(view, len(range(i, count, len(used))), **how) for i, view in enumerate(used)]
-    return np.stack([crops[i % len(used)][i // len(used)] for i in range(count)])
+        raise Rejected("no other view", "the item has no references; samples.references='target' takes its own frames")
+    left_out = []
+    while True:
+        used, how = views[:count], dict(height=size.height, width=size.width, jitter=recipe.jitter, rng=deepcopy(rng))
+        crops = []
+        try:
+            for i, view in enumerate(used):
+                crops.append(read_crops(view, len(range(i, count, len(used))), **how))
+            return np.stack([crops[i % len(used)][i // len(used)] for i in range(count)]), tuple(left_out)
+        except Rejected as rejected:
+            if len(views) == 1:
+                raise
+            left_out.append((rejected.reason, rejected.detail))
+            del views[len(crops)]  # and once more, as if it had never been there
 
 
 def _fits_none(clip: Clip, frames: int, recipe: Recipe) -> Rejected:

@@ -48,6 +48,7 @@ class Unit:
       empty_text: SHA-256 of the empty prompt's file.
       filled_captions: how many took the whole text length, and were cut where they are longer.
       seconds: how long it took.
+      left_out: other views that could not be read, of items that had more; each with its item's key.
     """
 
     number: int
@@ -61,6 +62,7 @@ class Unit:
     empty_text: str
     filled_captions: int
     seconds: float
+    left_out: tuple[RejectedItem, ...] = ()
 
 
 def write(folder: Path, unit: Unit) -> None:
@@ -88,6 +90,7 @@ def read(folder: Path, number: int, *, units: int, settings: str) -> Unit | None
             empty_text=str(told["empty_text"]),
             filled_captions=int(told["filled_captions"]),
             seconds=float(told["seconds"]),
+            left_out=tuple(RejectedItem(**item) for item in told.get("left_out", ())),
         )
     except FileNotFoundError:
         return None
@@ -101,9 +104,9 @@ def read(folder: Path, number: int, *, units: int, settings: str) -> Unit | None
     return unit if whole else None
 
 
-def rejects(units: Iterable[Unit]) -> Counter:
-    """How many items were set aside, by reason, the most frequent first."""
-    return Counter(dict(Counter(item.reason for unit in units for item in unit.rejected).most_common()))
+def reasons(items: Iterable[RejectedItem]) -> dict[str, int]:
+    """How many there are of each reason, the most frequent first."""
+    return dict(Counter(item.reason for item in items).most_common())
 
 
 def write_rejected(folder: Path, units: Iterable[Unit]) -> None:

@@ -47,18 +47,19 @@ def sample(frames, views, *, key="k", caption="a ball", seconds=2.5):
     return Sample(key, caption, {}, Size(frames, 32, 48), target, references, seconds)
 
 
-def made(folder, *samples, rejected=(), durations=(2.5,), views=False):
+def made(folder, *samples, rejected=(), left_out=(), durations=(2.5,), views=False):
     (folder / page.THUMBNAILS).mkdir(exist_ok=True)
     shown = [page.write_thumbnail(folder, i, s, SETTINGS, views=views) for i, s in enumerate(samples)]
     counts = {"9x32x48": len(samples), "1x32x48": 0}
     unit = Unit(
         0, "", len(samples) + len(rejected), {}, {"9x32x48": Shard(0, 1, 1, "")}, tuple(rejected), tuple(shown),
-        tuple(durations), "", 1, 2.0,
+        tuple(durations), "", 1, 2.0, tuple(left_out),
     )  # fmt: skip
     about = {
         "settings": {"source.format": NASTY, "source.path": NASTY, "model.path": NASTY, "x": NASTY}, "source": {},
         "items": len(samples) + len(rejected), "records_per_bucket": counts,
-        "rejected": {r.reason: 1 for r in rejected}, "seconds_of_video": sum(durations),
+        "rejected": {r.reason: 1 for r in rejected},
+        "references_left_out": {r.reason: 1 for r in left_out}, "seconds_of_video": sum(durations),
         "captions_of_full_length": 1, "seconds_of_work": 2.0,
     }  # fmt: skip
     page.write(folder, about, [unit])
@@ -108,7 +109,10 @@ def test_counts_lengths_and_reasons_are_there(tmp_path):
     assert "Set aside: 9 of 10" in told and "Samples: 1 of 1" in told and "0.50" in told
     assert "1 to 2 s" in told and "7 to 8 s" in told and "0 to 1 s" not in told
     assert "detail 4" in told and "detail 5" not in told, "a few examples for every reason"
-    assert "Nothing: every item could be used." in made(tmp_path, sample(9, 2))[0]
+    told = made(tmp_path, sample(9, 2))[0]
+    assert "Nothing: every item could be used." in told and "References left out" not in told
+    told = made(tmp_path, sample(9, 2), left_out=[RejectedItem("key", "unreadable picture", "views/bad.png")])[0]
+    assert "References left out" in told and "views/bad.png" in told and "Nothing: every item" in told
 
 
 def test_a_missing_thumbnail_is_said(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import resource
 import shutil
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
 from sdv_jax import cli
 from sdv_jax.checkpoints import model_folder
@@ -255,6 +257,74 @@ def test_items_that_cannot_be_used_are_set_aside_with_their_reason(tmp_path, qui
     assert loaded.about["captions_of_full_length"] == len(loaded) == 4
     long = next(b for i in range(4) if (b := loaded.buckets[0].describe(i))["key"] == "clip03.mp4")
     assert len(long["caption"]) == 9_999
+
+
+def test_a_broken_picture_costs_its_own_item_and_not_those_that_refer_to_it(tmp_path, quick, model):
+    source = sets.make_pairs(tmp_path / "pairs", good=2)
+    (source / "subject00" / "aa.png").write_bytes(b"no picture")
+    (source / "subject01" / "a.png").write_bytes(b"no picture")
+    config = sets.config(
+        model, source, tmp_path / "out", source__options__subjects=True, samples__buckets=("1x32x48",),
+        samples__references="views", samples__crops=3, rejected__most=0.9,
+    )  # fmt: skip
+    result = prepare.prepare(config, progress=False)
+    told = [json.loads(row) for row in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert {item["key"]: item["reason"] for item in told} == {
+        "subject00/aa.png": "unreadable picture", "subject01/a.png": "unreadable picture",
+        "subject01/b.png": "unreadable picture",
+    }  # fmt: skip
+    assert [key for _, key, _ in everything(tmp_path / "out")] == ["subject00/a.png", "subject00/b.png"]
+    assert records.load(tmp_path / "out").about["references_left_out"] == {"unreadable picture": 2}
+    assert "2 records, 3 items rejected, 2 references left out" in prepare.tell(result, config)
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "References left out" in page and "subject00/aa.png is not an image" in page
+    (tmp_path / "out" / "shards" / "00000.json").unlink()
+    assert prepare.prepare(config, progress=False).left_out == 2
+
+
+def test_pictures_with_damaged_tags_are_taken_and_pillow_says_nothing(tmp_path, quick, model, recwarn):
+    tags = b"Exif\0\0II*\0\x08\0\0\0\x05\0" + b"\x12\x01\x03\0\x01\0\0\0\x01\0\0\0" + b"cut"
+    (tmp_path / "set").mkdir()
+    for i in range(6):
+        Image.fromarray(sets.moving(i, 1)[0]).save(tmp_path / "set" / f"{i}.jpg", exif=tags)
+        (tmp_path / "set" / f"{i}.txt").write_text("a ball")
+    config = sets.config(model, tmp_path / "set", tmp_path / "out", samples__buckets=("1x32x48",))
+    assert prepare.prepare(config, progress=False).records == 6
+    assert not [warning for warning in recwarn if "PIL" in warning.filename]
+
+
+def raising_at(item, error):
+    """A folder's `__getitem__` that raises an error at one item."""
+    taken = folder.Importer.__getitem__
+
+    def get(importer, index):
+        if index == item:
+            raise error
+        return taken(importer, index)
+
+    return get
+
+
+def test_an_error_that_nothing_foresees_costs_one_item(tmp_path, quick, model, source, monkeypatch):
+    monkeypatch.setattr(folder.Importer, "__getitem__", raising_at(2, ZeroDivisionError("by nought")))
+    config = sets.config(model, source, tmp_path / "out", rejected__most=0.9)
+    assert prepare.prepare(config, progress=False).records == 6
+    told = [json.loads(row) for row in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert told[0] == {"key": "clip02.mp4", "reason": "unforeseen error", "detail": "ZeroDivisionError: by nought"}
+    config = sets.config(model, source, tmp_path / "strict", rejected__most=0.1, rejected__judged_after=4)
+    with pytest.raises(UserError, match=r"could not be used \(unforeseen error: 1\)"):
+        prepare.prepare(config, progress=False)
+
+
+def test_an_error_of_the_machine_is_one_line_and_the_same_command_goes_on(tmp_path, quick, model, source, monkeypatch):
+    config = sets.config(model, source, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.Importer, "__getitem__", raising_at(4, OSError(errno.ENFILE, "Too many open files")))
+        with pytest.raises(UserError, match="item clip04.mp4 cannot be read: Too many open files") as error:
+            prepare.prepare(config, progress=False)
+    assert line(error)
+    result = prepare.prepare(config, progress=False)
+    assert (result.finished, result.records, result.encoded) == (True, 7, 3)
 
 
 def test_a_key_that_is_there_twice_counts_once(tmp_path, quick, model, source, monkeypatch):

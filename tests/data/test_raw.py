@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from sdv_jax.data import prepare, raw, records
+from sdv_jax.data import prepare, raw, records, samples
+from sdv_jax.data.importers import Rejected, folder
 from sdv_jax.data.loading import Mixture, Stream
 from sdv_jax.errors import UserError
 from sdv_jax.train import datasets
@@ -23,6 +24,22 @@ def get_config():
     config.model.text_dtype = "float32"
     config.output.dtype = "float32"
     config.rejected.most = {most}
+    return config
+'''
+
+
+PAIRS = '''from configs import prepare
+
+
+def get_config():
+    config = prepare.get_config()
+    config.source.format = "folder"
+    config.source.path = {path!r}
+    config.source.options.subjects = True
+    config.samples.buckets = ("1x32x48",)
+    config.samples.references = "views"
+    config.samples.crops = 3
+    config.rejected.most = 0.5
     return config
 '''
 
@@ -66,6 +83,40 @@ def test_a_run_names_a_raw_set_by_its_file(place, tmp_path):
     stream = Stream.of(mixture.parts(), 2, (0, 0), batches=4)
     assert {stream.batch(i, np.arange(2))["mean"].shape[0] for i in range(4)} == {2}
     assert isinstance(mixture, Mixture)
+
+
+def test_an_error_that_nothing_foresees_costs_one_item(place, monkeypatch, capsys):
+    root, model = place
+    taken = folder.Importer.__getitem__
+
+    def get(importer, index):
+        if index == 2:
+            raise ZeroDivisionError("by nought")
+        return taken(importer, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.Importer, "__getitem__", get)
+        found = raw.load(root / "clips.py", model=str(model), embed=False)
+    assert sum(map(len, found.buckets)) == 4
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.endswith("2 of 6 items are left out: unforeseen error 1, unreadable video 1")
+    def lost(*_):
+        raise Rejected("file missing", "it does not exist")
+
+    monkeypatch.setattr(samples, "read", lost)
+    with pytest.raises(UserError, match="clip.*could be read when the run began, and now not: file missing"):
+        found.buckets[0][0]
+
+
+def test_references_that_are_left_out_are_told(tmp_path, place, capsys):
+    source = sets.make_pairs(tmp_path / "pairs", good=2)
+    (source / "subject00" / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "pairs.py").write_text(PAIRS.format(path=str(source)))
+    found = raw.load(tmp_path / "pairs.py", model=str(place[1]), embed=False)
+    assert sum(map(len, found.buckets)) == 4
+    told = capsys.readouterr().err.splitlines()[-2:]
+    assert told[0].endswith("1 of 5 items are left out: unreadable picture 1")
+    assert told[1].endswith("2 references are left out: unreadable picture 2")
 
 
 def test_what_a_raw_set_needs_is_told(place, tmp_path):

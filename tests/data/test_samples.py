@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import io
 import pickle
 import warnings
@@ -11,6 +12,7 @@ from PIL import Image
 from sdv_jax.data import samples
 from sdv_jax.data.decode import Size, read_clip, read_picture
 from sdv_jax.data.importers.item import Clip, Item, Picture, Rejected
+from sdv_jax.errors import UserError
 from tests.data import clips, sets
 
 RECIPE = samples.Recipe(
@@ -132,6 +134,69 @@ def test_views_are_cropped_in_turn(tmp_path):
     assert found.target.shape[0] == 9 and [round(float(v.mean())) for v in found.references] == [40, 120]
     with pytest.raises(Rejected, match="no other view"):
         read(dataclasses.replace(item, references=()), recipe(references="views"))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 5])
+def test_a_view_that_cannot_be_read_is_left_out_as_if_it_were_not_there(tmp_path, place):
+    views = []
+    for i in range(5):
+        Image.fromarray(sets.moving(i, 1)[0]).save(tmp_path / f"v{i}.png")
+        views.append(Picture(tmp_path / f"v{i}.png"))
+    whole = picture_item(tmp_path / "a.png", references=tuple(views))
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    bad = Picture(tmp_path / "bad.png")
+    views.insert(place, bad)
+    for crops in (1, 4, 7):
+        expected = read(whole, recipe(references="views", crops=crops))
+        found = read(dataclasses.replace(whole, references=tuple(views)), recipe(references="views", crops=crops))
+        np.testing.assert_array_equal(found.references, expected.references)
+        assert not expected.left_out and len(found.left_out) == (place < crops)
+        for reason, detail in found.left_out:
+            assert reason == "unreadable picture" and "bad.png is not an image" in detail
+    with pytest.raises(Rejected, match="unreadable picture: .*bad.png is not an image"):
+        read(dataclasses.replace(whole, references=(bad, bad, bad)), recipe(references="views"))
+
+
+class Unforeseen(Items):
+    """Raises `error` in place of an item."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def key(self, index):
+        return "a"
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (StopIteration(), "unforeseen error: StopIteration:"),
+        (KeyError("faces\nof"), r"unforeseen error: KeyError: 'faces\\nof'"),
+        (OSError(errno.ESTALE, "Stale file handle"), r"unforeseen error: OSError: \[Errno 116\] Stale file handle"),
+    ],
+)
+def test_an_error_that_nothing_foresees_is_one_item(error, told):
+    with pytest.raises(Rejected, match=told) as caught:
+        samples.read(Unforeseen(error), 0, RECIPE)
+    assert "\n" not in str(caught.value) and caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (UserError("of the settings"), UserError, "of the settings"), (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (MemoryError(), UserError, "no memory left to read item a; set work.workers to fewer"),
+    ] + [
+        (OSError(number, "the machine"), UserError, "item a cannot be read: the machine; mend that")
+        for number in (errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EIO)
+    ],
+)  # fmt: skip
+def test_what_is_not_of_one_item_is_not_told_of_it(error, kind, told):
+    with pytest.raises(kind, match=told):
+        samples.read(Unforeseen(error), 0, RECIPE)
 
 
 def test_a_picture_without_views_is_its_own_reference(tmp_path):

@@ -12,7 +12,7 @@ from sdv_jax.data.importers import FORMATS, metadata, reading
 
 ROOT = pathlib.Path(__file__).parents[3]
 PAGE = (ROOT / "docs/data_formats.md").read_text()
-DECODING = ("decode.py", "streams.py")
+READING = ("decode.py", "prepare.py", "raw.py", "samples.py", "streams.py")
 
 
 def section(title):
@@ -35,11 +35,14 @@ def test_columns_and_suffixes():
 
 
 def test_reasons():
-    """Every `Rejected(...)` in the code begins with a reason that is written there, and the table lists them all."""
-    files = [ROOT / "sdv_jax/data" / name for name in DECODING]
+    """Every reason that is written out in the code is in the table, and no other."""
+    files = [ROOT / "sdv_jax/data" / name for name in READING]
     reasons = set()
     for file in [*files, *(ROOT / "sdv_jax/data/importers").glob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Rejected":
+            name = getattr(node.func, "id", "") if isinstance(node, ast.Call) else ""
+            if name == "Rejected":
                 reasons.add(node.args[0].value)
+            elif name == "RejectedItem" and isinstance(node.args[1], ast.Constant):
+                reasons.add(node.args[1].value)
     assert re.findall(r"^\| `(.*?)` \|", section("Why items are rejected"), re.MULTILINE) == sorted(reasons)
