@@ -32,6 +32,7 @@ from sdv_jax.data.encoding import Encoders
 from sdv_jax.data.files import make_folder
 from sdv_jax.data.images import silence_pillow
 from sdv_jax.data.importers.item import Importer, Rejected
+from sdv_jax.data.locks import claimed
 from sdv_jax.data.manifest import Feature, one_line, write_json
 from sdv_jax.data.records import ShardWriter
 from sdv_jax.data.samples import Recipe, Sample, bucket_name
@@ -100,27 +101,19 @@ class Job:
 def prepare(config: Config, *, process: tuple[int, int] = (0, 1), progress: bool = True) -> Result:
     """Prepares a set, or goes on with it; `process` is (which, of how many), each of which runs this once.
 
-    Raises UserError for whatever is wrong with the settings, the set as a whole or the disk, and when more items than
-    `rejected.most` cannot be used; what was finished before is kept, and the same call goes on.
+    Raises UserError for whatever is wrong with the settings, the set as a whole or the disk, when more items than
+    `rejected.most` cannot be used, and while another process does the same; what was finished before is kept, and the
+    same call goes on.
     """
     start = time.perf_counter()
     silence_pillow()
     job = _open(config)
-    finished = job.finished()
-    _judge(job, finished)
-    mine = [unit for unit in range(job.units) if unit % process[1] == process[0] and unit not in finished]
-    known = {unit.empty_text for unit in finished.values()}
-    encoded = 0
-    if mine or records.empty_text_sum(job.folder) not in known:
-        with _quiet_tokenizer():
-            encoded = _encode_units(job, mine, finished, progress)
-        finished = job.finished()
-    if whole := len(finished) == job.units:
-        _describe(job, finished)
+    with claimed(job.folder, process):
+        finished, encoded = _do(job, process, progress)
     count = sum(len(keys) for unit in finished.values() for keys in unit.keys.values())
     rejected = sum(len(unit.rejected) for unit in finished.values())
     left_out = sum(len(unit.left_out) for unit in finished.values())
-    return Result(whole, count, rejected, left_out, encoded, time.perf_counter() - start)
+    return Result(len(finished) == job.units, count, rejected, left_out, encoded, time.perf_counter() - start)
 
 
 def tell(result: Result, config: Config) -> str:
@@ -225,6 +218,22 @@ def _quiet_tokenizer() -> Iterator[None]:
 
 
 # MARK: units
+
+
+def _do(job: Job, process: tuple[int, int], progress: bool) -> tuple[dict[int, Unit], int]:
+    """(all units that are finished then, number of records made): does what is left for this process to do."""
+    finished = job.finished()
+    _judge(job, finished)
+    mine = [unit for unit in range(job.units) if unit % process[1] == process[0] and unit not in finished]
+    known = {unit.empty_text for unit in finished.values()}
+    encoded = 0
+    if mine or records.empty_text_sum(job.folder) not in known:
+        with _quiet_tokenizer():
+            encoded = _encode_units(job, mine, finished, progress)
+        finished = job.finished()
+    if len(finished) == job.units:
+        _describe(job, finished)
+    return finished, encoded
 
 
 def _encode_units(job: Job, mine: Sequence[int], finished: Mapping[int, Unit], progress: bool) -> int:

@@ -180,6 +180,26 @@ def test_processes_share_the_work_and_the_last_one_describes_it(tmp_path, quick,
     assert before == {f: f.read_bytes() for f in (tmp_path / "two").rglob("*") if f.is_file()}
 
 
+def test_the_same_command_twice_at_once_is_one_line_and_the_first_goes_on(tmp_path, quick, model, source, monkeypatch):
+    config, load, others = sets.config(model, source, tmp_path / "out"), Encoders.load, []
+
+    def meanwhile(*args, **options):
+        monkeypatch.setattr(Encoders, "load", load)
+        for place in ((0, 2), (0, 1)):
+            with pytest.raises(UserError, match=r"out is being prepared by another process \(0/2\); wait") as error:
+                prepare.prepare(config, process=place, progress=False)
+            assert line(error)
+        others.append(prepare.prepare(config, process=(1, 2), progress=False))
+        return load(*args, **options)
+
+    monkeypatch.setattr(Encoders, "load", meanwhile)
+    result = prepare.prepare(config, process=(0, 2), progress=False)
+    assert [other.encoded for other in others] == [3] and (result.finished, result.encoded) == (True, 4)
+    assert not list((tmp_path / "out").glob(".*"))
+    prepare.prepare(sets.config(model, source, tmp_path / "one"), progress=False)
+    assert everything(tmp_path / "out") == everything(tmp_path / "one")
+
+
 def test_progress_and_speed_are_told(tmp_path, quick, model, source, capsys):
     config = sets.config(model, source, tmp_path / "out")
     told = prepare.tell(prepare.prepare(config), config)
