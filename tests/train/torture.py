@@ -122,7 +122,8 @@ def _progress(workdir: Path, job: list[subprocess.Popen]) -> bool:
     while time.monotonic() < end:
         if any(process.poll() is not None for process in job):
             found = wait(job)
-            assert set(found) <= {0, PEER_LOST}, f"ended by itself with {found}: {workdir.with_suffix('.log').read_text()[-3000:]}"
+            told = workdir.with_suffix(".log").read_text()[-3000:]
+            assert set(found) <= {0, PEER_LOST}, f"ended by itself with {found}: {told}"
             return False
         if _size(workdir) != before:
             return True

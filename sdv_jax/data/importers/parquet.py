@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow import types
 
 from sdv_jax.data.importers.item import Rejected
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, of_the_machine
 
 _GROUPS_KEPT = 2  # in memory: a reader that goes in order, in both of two threads, reads each group once
 
@@ -143,6 +143,8 @@ class ParquetRows:
                     with pq.ParquetFile(file) as opened:
                         self._cache[group] = opened.read_row_group(number, columns=list(self.columns))
                 except (pa.ArrowException, OSError) as error:
+                    if of_the_machine(error):
+                        raise
                     raise Rejected("damaged parquet", f"{file}, row group {number} ({_line(error)})") from error
                 while len(self._cache) > _GROUPS_KEPT:
                     self._cache.popitem(last=False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sdv_jax.data.importers.item import Clip, Item, Picture, Rejected, plain
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, of_the_machine
 
 VIDEO_SUFFIXES = (
     ".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".ogv", ".gif"
@@ -73,6 +73,8 @@ def read_caption_file(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise Rejected("caption is not UTF-8", f"{path}: byte {error.start}") from error
     except OSError as error:
+        if of_the_machine(error):
+            raise
         raise Rejected("no permission", f"{path} cannot be read ({error.strerror})") from error
     return caption(text, where=str(path))
 
