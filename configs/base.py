@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     train.steps = 4000  # optimiser steps of the whole run (paper A)
     train.seed = 0  # of the run key: every stochastic choice of a step is a function of (seed, step)
     train.dtype = "float32"  # dtype of the activations: float32 | bfloat16 (paper A: bfloat16); losses are float32
-    train.accumulate = 1  # parts that a batch is computed in, one after the other: less memory, the same gradient
+    train.accumulate = 1  # parts that a batch is computed in, one after the other: less memory, their mean gradient
     train.remat = "all"  # recomputed backwards: all | attention (all but its outputs) | offload (those in host memory)
     train.heartbeat = 60.0  # seconds of silence after which another process of the job counts as dead
     train.peak_tflops = 0.0  # peak TFLOP/s of a device, for MFU; 0 = the published one where it is known

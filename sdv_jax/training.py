@@ -42,9 +42,13 @@ def run_job(
     """
     processes.simulate_devices()
     try:
-        if coordinator:
-            processes.join(coordinator, count, index, timeout=config.train.heartbeat)
-        return _tell(train(config, workdir), config, workdir)
+        with processes.stop_requests():
+            if coordinator:
+                processes.join(coordinator, count, index, timeout=config.train.heartbeat)
+            return _tell(train(config, workdir), config, workdir)
+    except processes.Stopped:
+        print("sdv: stopped before the first step; the same command starts again", file=sys.stderr, flush=True)
+        return _leave(processes.PREEMPTED)
     except UserError as error:
         print(f"sdv: error: {error}", file=sys.stderr, flush=True)
         return _leave(2)

@@ -1,7 +1,10 @@
 """Checkpoints of a run, by orbax, written in the background: everything a step changes, and what the run is."""
 
+import dataclasses
+import itertools
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -10,29 +13,42 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sdv_jax.errors import UserError
-from sdv_jax.train.state import TrainState
+from sdv_jax.train.state import TrainState, Tree
 
 _ITEMS = ("state", "run")
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a run starts from, and must still start from when it goes on: its key, and a sum over the frozen weights."""
+
+    key: list[int]
+    base: int
+
+    @classmethod
+    def of(cls, key: jax.Array, frozen: Tree) -> "Origin":
+        return cls(np.asarray(jax.random.key_data(key)).tolist(), sum(checksums(frozen)) % 2**32)
 
 
 class Checkpoints:
     """The checkpoints of one run, named by the number of steps done: the newest `keep`, and every `keep_every`-th step.
 
     A checkpoint is there completely or not at all, whatever interrupts its writing. All processes call every method.
+    `save` and `close` raise UserError when one cannot be written; those before it stay.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 1, keep_every: int = 0):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every or None)
-        self.folder = folder
+    def __init__(self, folder: Path, origin: Origin, *, keep: int = 1, keep_every: int = 0):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
+        )
+        self.folder, self.origin = folder, origin
         self.manager = ocp.CheckpointManager(folder.resolve(), options=options, item_names=_ITEMS)
 
     def latest(self) -> int | None:
         """Steps done at the newest checkpoint, or None."""
         return self.manager.latest_step()
 
-    def save(
-        self, step: int, state: TrainState, *, key: jax.Array, data: Mapping[str, object], config: Mapping[str, object]
-    ) -> None:
+    def save(self, step: int, state: TrainState, *, data: Mapping[str, object], config: Mapping[str, object]) -> None:
         """Begins to write a checkpoint after `step` steps, once; waits only for the one before.
 
         `data` is the position in the data, see `Plan.data_state`.
@@ -41,37 +57,67 @@ class Checkpoints:
             return
         # A copy, because the next step donates the buffers that the writing thread would still be reading.
         kept = jax.tree.map(jnp.copy, state._asdict())
-        run = {"key": _key_data(key), "data": dict(data), "config": dict(config)}
+        run = {"key": self.origin.key, "base": self.origin.base, "sums": checksums(kept)}
+        run |= {"data": dict(data), "config": dict(config)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(kept), run=ocp.args.JsonSave(run))
-        self.manager.save(step, args=items)
+        with self._writing():
+            self.manager.save(step, args=items)
 
-    def restore(self, like: TrainState, *, key: jax.Array, data: Mapping[str, object]) -> tuple[int, TrainState] | None:
+    def restore(self, like: TrainState, *, data: Mapping[str, object]) -> tuple[int, TrainState] | None:
         """(steps done, state) of the newest checkpoint that can be read, in the shapes, dtypes and shardings of `like`;
         None where there is no checkpoint.
 
-        One that cannot be read is told on stderr and put aside as `damaged-N`. Raises UserError where none can be
-        read, for another run's, and for data that are not those the run has read.
+        One that cannot be read, or whose numbers are not those that were written, is told on stderr and put aside as
+        `damaged-N`. Raises UserError where none can be read, for a run from another origin, and for data that are not
+        those the run has read.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore())
         for step in steps:
             try:
-                found = self.manager.restore(step, args=items)
-                run = {name: found["run"][name] for name in ("key", "data")}
+                run = self.manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+                run = {name: run[name] for name in ("key", "base", "sums", "data")}
+                self._check(step, run, data)
+                state = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                found = self.manager.restore(step, args=state)["state"]
+                if checksums(found) != run["sums"]:
+                    raise ValueError("its numbers are not those that were written")
+            except UserError:
+                raise
             except Exception as error:  # whatever a damaged file makes orbax and tensorstore raise
+                if "RESOURCE_EXHAUSTED" in str(error):  # no memory says nothing of the file
+                    raise
                 self._put_aside(step, error, last=step == steps[-1])
                 continue
-            if run["key"] != _key_data(key):
-                where = self.folder / str(step)
-                raise UserError(f"checkpoint {where} was made with another train.seed; use a new workdir")
-            _check_data(self.folder / str(step), run["data"], data)
-            return step, TrainState(**found["state"])
+            return step, TrainState(**found)
         return None
 
     def close(self) -> None:
         """Waits for what is being written."""
-        self.manager.close()
+        with self._writing():
+            self.manager.close()
+
+    def _check(self, step: int, run: Mapping, data: Mapping[str, object]) -> None:
+        where = self.folder / str(step)
+        if run["key"] != self.origin.key:
+            raise UserError(f"checkpoint {where} was made with another train.seed; use a new workdir")
+        if run["base"] != self.origin.base:
+            raise UserError(
+                f"checkpoint {where} was trained on other base weights: those in model.path have changed since; "
+                "restore them, or use a new workdir"
+            )
+        _check_data(where, run["data"], data)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:  # of the thread that wrote the one before, too
+            told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(
+                f"a checkpoint in {self.folder} cannot be written ({told}); make room or check the place: the same "
+                "command goes on from the newest checkpoint there is"
+            ) from error
 
     def _put_aside(self, step: int, error: Exception, *, last: bool) -> None:
         told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -82,12 +128,23 @@ class Checkpoints:
             ) from error
         if jax.process_index() == 0:
             print(f"sdv: checkpoint {where} cannot be read ({told}); going on from the one before it", file=sys.stderr)
-            where.rename(self.folder / f"damaged-{step}")
+            names = (f"damaged-{step}{again}" for again in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
+            where.rename(next(place for name in names if not (place := self.folder / name).exists()))
         self.manager.reload()
 
 
-def _key_data(key: jax.Array) -> list[int]:
-    return np.asarray(jax.random.key_data(key)).tolist()
+def checksums(tree: Tree) -> list[int]:
+    """A number per leaf, the sum of its bits as 32-bit integers: the same however the leaf is spread over devices."""
+    return [int(number) for number in jax.device_get(_sums(jax.tree.leaves(tree)))]
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def words(leaf: jax.Array) -> jax.Array:
+        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        return jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)
+
+    return [jnp.sum(words(leaf), dtype=jnp.uint32) for leaf in leaves]
 
 
 def _check_data(where: Path, before: Mapping, now: Mapping) -> None:

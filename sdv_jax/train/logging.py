@@ -25,6 +25,8 @@ _READ = ("loss", "grad_norm", "learning_rate")
 class Step:
     """What is known of a step on the host: its number, its task as logged, its cost, the seconds waited for its data,
     and whether its program was compiled for it.
+
+    Data and program of a step are got while the one before is computed: the time they take is logged with that one.
     """
 
     number: int
@@ -55,12 +57,17 @@ class RunLog:
         hidden = not (shown and writes)
         self.bar = tqdm(total=steps, initial=start, desc="train", unit="step", dynamic_ncols=True, disable=hidden)
         self.pending, self.stopping = None, False
+        self.waited, self.compiled = 0.0, False  # since the clock was read
         self.clock = time.perf_counter()
 
     def write(self, step: Step, metrics: dict[str, jax.Array]) -> None:
-        """Keeps this step's metrics and writes those of the step before."""
+        """Keeps this step's metrics and writes those of the step before; its own too, where they are there at once."""
+        self.waited, self.compiled = self.waited + step.waited, self.compiled or step.compiled
         late, self.pending = self.pending, (step, metrics)
         self._write(late)
+        # On a CPU a step may be done when its call returns. Several processes must see `stopping` at the same step.
+        if jax.process_count() == 1 and metrics["loss"].is_ready():
+            self.flush()
 
     def flush(self) -> None:
         """Writes what is kept, waiting for the device."""
@@ -87,12 +94,13 @@ class RunLog:
         self.stopping = self.stopping or bool(read["stop"])
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
+        waited, compiled, self.waited, self.compiled = self.waited, self.compiled, 0.0, False
         if not all(math.isfinite(value) for value in values.values()):
             self._refuse(step, values)
         record = {"step": step.number} | dict(step.task) | values | {"seconds": round(seconds, 6)}
-        rates = self.meter.read(step.cost, seconds, step.waited, counts=not step.compiled)
+        rates = self.meter.read(step.cost, seconds, waited, counts=not compiled)
         record |= {name: float(f"{value:.5g}") for name, value in rates.items()}
-        if step.compiled:
+        if compiled:
             record["compiled"] = True
         if self.file:
             self.file.write(json.dumps(record) + "\n")

@@ -24,7 +24,7 @@ from sdv_jax.train import (
     step,
     throughput,
 )  # fmt: skip
-from sdv_jax.train.checkpointing import Checkpoints
+from sdv_jax.train.checkpointing import Checkpoints, Origin
 from sdv_jax.train.config import Config
 from sdv_jax.train.devices import Devices
 from sdv_jax.train.heartbeat import Heartbeat
@@ -57,22 +57,26 @@ def run(
 
     `stop_after` ends the run early, after that many steps in all, with a checkpoint. `data` and `model` replace what
     the config names. SIGTERM and SIGINT, to any process, end the run after the step at hand (with several processes at
-    most two later, the same for all), with a checkpoint; `Result.finished` is then False. Raises UserError for a wrong
-    config, data that do not fit, a workdir of another run, and a loss that is not finite. When another process dies,
-    this one ends at once, with `heartbeat.PEER_LOST` as its status.
+    most two later, the same for all), with a checkpoint; `Result.finished` is then False. Before the first step they
+    raise `processes.Stopped`. Raises UserError for a wrong config, data that do not fit, a workdir of another run, a
+    loss that is not finite, and a checkpoint that cannot be written. When another process dies, this one ends at once,
+    with `heartbeat.PEER_LOST` as its status.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     devices = Devices.of(config.mesh)
-    with Heartbeat.of(workdir, config.train.heartbeat):
+    with processes.stop_requests() as signals, Heartbeat.of(workdir, config.train.heartbeat):
         data = datasets.load(config, workdir / "data") if data is None else _mixtures(data)
         with devices.on_mesh():
-            return _run(config, workdir, devices, data, model, sampler=sampler, stop_after=stop_after, shown=shown)
+            return _run(
+                config, workdir, devices, data, model, signals=signals, sampler=sampler, stop_after=stop_after,
+                shown=shown,
+            )  # fmt: skip
 
 
 def _run(
     config: Config, workdir: Path, devices: Devices, data: Mapping[str, Mixture], model: Denoiser | None, *,
-    sampler: Sampler | None, stop_after: int | None, shown: bool,
+    signals: processes.StopRequests, sampler: Sampler | None, stop_after: int | None, shown: bool,
 ) -> Result:  # fmt: skip
     # ---- Data, model, plan ------------------------------------------------------------------------------------------
     c, key, base = config.train, plan.run_key(config), setup.about(config)
@@ -84,7 +88,7 @@ def _run(
     schedule = plan.make(config, parts, objective, key, devices)
     token_ids = any(bucket.has_token_ids for mixture in data.values() for bucket in mixture.buckets)
     model = model or setup.model(config, base, token_ids=token_ids, mesh=devices.mesh)
-    record.claim(workdir, config)
+    changed = record.check(workdir, config)
 
     # ---- State and compiled steps -----------------------------------------------------------------------------------
     tx, rate = optimizer.make(config.optimizer, c.steps), optimizer.learning_rate(config.optimizer, c.steps)
@@ -99,8 +103,10 @@ def _run(
     del model, weights, trained
 
     # ---- Resume -----------------------------------------------------------------------------------------------------
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=c.keep, keep_every=c.keep_every)
-    start, current = checkpoints.restore(current, key=key, data=schedule.data_state(0)) or (0, current)
+    origin = Origin.of(key, frozen)
+    checkpoints = Checkpoints(workdir / "checkpoints", origin, keep=c.keep, keep_every=c.keep_every)
+    start, current = checkpoints.restore(current, data=schedule.data_state(0)) or (0, current)
+    record.claim(workdir, config, changed)
     stop = min(c.steps, c.steps if stop_after is None else stop_after)
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
@@ -113,33 +119,32 @@ def _run(
     log = _log(config, workdir, schedule, start, shown)
     place = partial(devices.put_batch, parts=c.accumulate)
     batches = loading.iterate(schedule.batches, start, place, workers=config.data.workers) if start < stop else None
-    save = partial(_save, checkpoints, config, schedule, key)
-    done = start
+    save = partial(_save, checkpoints, config, schedule)
+    done, signals.patient = start, True
     try:
-        with processes.stop_requests() as signals:
-            while done < stop:
-                _watch(watched, current, done, log)
-                if devices.agreed(signals, log.stopping):
-                    break
-                program, asked = schedule.programs[done], time.perf_counter()
-                batch, waited = next(batches), time.perf_counter() - asked
-                cost, compiled = costs.of(program, current.trained, frozen, batch, empty_text, key)
-                current, metrics = steps[program](current, frozen, key, batch, empty_text, devices.flags(signals))
-                log.write(Step(done, schedule.task(done), cost, waited, compiled), metrics)
-                done += 1
-                if done % c.save_every == 0 and done < stop:
-                    log.flush()
-                    save(done, current)
-                    log.restart_clock()
-            log.flush()
-            if done == c.steps and start < done:
-                _watch(watched, current, done, log)
+        while done < stop:
+            _watch(watched, current, done, log)
+            if devices.agreed(signals, log.stopping):
+                break
+            program, asked = schedule.programs[done], time.perf_counter()
+            batch, waited = next(batches), time.perf_counter() - asked
+            cost, compiled = costs.of(program, current.trained, frozen, batch, empty_text, key)
+            current, metrics = steps[program](current, frozen, key, batch, empty_text, devices.flags(signals))
+            log.write(Step(done, schedule.task(done), cost, waited, compiled), metrics)
+            done += 1
+            if done % c.save_every == 0 and done < stop:
+                log.flush()
+                save(done, current)
+                log.restart_clock()
+        log.flush()
+        if done == c.steps and start < done:
+            _watch(watched, current, done, log)
         save(done, current)
     finally:
         log.close()
-        checkpoints.close()
         if batches is not None:
             batches.close()
+        checkpoints.close()
 
     # ---- Result -----------------------------------------------------------------------------------------------------
     finished = done == c.steps
@@ -165,9 +170,10 @@ def load_trained(
     model = setup.model(config, setup.about(config), token_ids=token_ids)
     graph, trained, frozen = state.split(model, mode=config.train.mode, train_encoder=config.text.train_encoder)
     like = state.create(trained, optimizer.make(config.optimizer, config.train.steps), ema=config.train.ema_decay > 0)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep)
+    origin = Origin.of(plan.run_key(config), frozen)
+    checkpoints = Checkpoints(workdir / "checkpoints", origin, keep=config.train.keep)
     try:
-        found = checkpoints.restore(like, key=plan.run_key(config), data={"sets": {}})
+        found = checkpoints.restore(like, data={"sets": {}})
     finally:
         checkpoints.close()
     if found is None:
@@ -194,8 +200,8 @@ def _log(config: Config, workdir: Path, schedule: plan.Plan, start: int, shown: 
     )  # fmt: skip
 
 
-def _save(checkpoints: Checkpoints, config: Config, schedule: plan.Plan, key, done: int, current: TrainState) -> None:
-    checkpoints.save(done, current, key=key, data=schedule.data_state(done), config=dataclasses.asdict(config))
+def _save(checkpoints: Checkpoints, config: Config, schedule: plan.Plan, done: int, current: TrainState) -> None:
+    checkpoints.save(done, current, data=schedule.data_state(done), config=dataclasses.asdict(config))
 
 
 def _watch(watched: list[Monitor], current: TrainState, done: int, log: RunLog) -> None:

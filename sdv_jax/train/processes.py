@@ -74,15 +74,30 @@ def on_host(tree):
     return jax.tree.map(lambda leaf: np.asarray(multihost_utils.process_allgather(leaf, tiled=True)), tree)
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal that came before there was anything to save."""
+
+
+class StopRequests(list[int]):
+    """The signals that came. Until `patient` is set, the first one raises Stopped where it finds the program."""
+
+    patient = False
+
+
 @contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """A list of the SIGTERMs and SIGINTs that came; outside the main thread Python allows no handlers: always empty."""
-    received: list[int] = []
+def stop_requests() -> Iterator[StopRequests]:
+    """The SIGTERMs and SIGINTs that come; outside the main thread Python allows no handlers: always empty."""
+    received = StopRequests()
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda got, _: received.append(got)) for number in numbers}
+
+    def handle(number: int, _) -> None:
+        received.append(number)
+        if not received.patient:
+            raise Stopped(f"signal {number}")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:

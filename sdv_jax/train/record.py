@@ -31,8 +31,11 @@ _FILES = {
 }  # fmt: skip
 
 
-def claim(workdir: Path, config: Config) -> None:
-    """Writes config.json; raises UserError if the workdir holds a run with other settings, or more steps of it."""
+def check(workdir: Path, config: Config) -> list[str]:
+    """The settings that have changed since the run in the workdir began, in words; none where there is no run.
+
+    Raises UserError for a setting that must not change, and where more steps are done already.
+    """
     path, folders = workdir / "config.json", (workdir / "checkpoints").glob("*")
     done = max((int(folder.name) for folder in folders if folder.name.isdecimal()), default=0)
     if done > config.train.steps:
@@ -40,17 +43,23 @@ def claim(workdir: Path, config: Config) -> None:
             f"{workdir} holds a run of {done} steps, past train.steps={config.train.steps}; use a new --workdir, or "
             f"train.steps={done} or more"
         )
-    if path.exists():
-        before, now = _flat(read(workdir)), _flat(config)
-        changed = {key: f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]}
-        if refused := ", ".join(told for key, told in changed.items() if key not in FREE):
-            raise UserError(
-                f"{workdir} holds a run with other settings ({refused}); use a new --workdir, or the same settings"
-            )
-        if changed and is_writer():
-            print(f"sdv: {workdir} goes on with changed settings: {', '.join(changed.values())}", file=sys.stderr)
+    if not path.exists():
+        return []
+    before, now = _flat(read(workdir)), _flat(config)
+    changed = {key: f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]}
+    if refused := ", ".join(told for key, told in changed.items() if key not in FREE):
+        raise UserError(
+            f"{workdir} holds a run with other settings ({refused}); use a new --workdir, or the same settings"
+        )
+    return list(changed.values())
+
+
+def claim(workdir: Path, config: Config, changed: list[str]) -> None:
+    """Writes config.json, and tells what `check` found changed."""
     if is_writer():
-        with replacing(path, what="config") as fresh:
+        if changed:
+            print(f"sdv: {workdir} goes on with changed settings: {', '.join(changed)}", file=sys.stderr)
+        with replacing(workdir / "config.json", what="config") as fresh:
             fresh.write_text(config.json())
 
 

@@ -1,11 +1,16 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 from sdv_jax.errors import UserError
-from sdv_jax.train import loop
+from sdv_jax.train import loop, setup, state, step
 from tests.train import tiny
 
 SETTINGS = {"train.save_every": 2, "train.keep": 3}
@@ -13,6 +18,15 @@ SETTINGS = {"train.save_every": 2, "train.keep": 3}
 
 def _run(workdir, data=None, **settings):
     return loop.run(tiny.config(**SETTINGS | settings), workdir, data=data or tiny.data(), shown=False)
+
+
+def _model(scale=1.0):
+    """The model of every run here, its first projection scaled."""
+    config = tiny.config()
+    model = setup.model(config, setup.about(config), token_ids=False)
+    kernel = model.transformer.patch_embed.proj.kernel
+    kernel.set_value(kernel[...] * scale)
+    return model
 
 
 def _losses(workdir):
@@ -59,8 +73,8 @@ def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_is_used(finished
 
 
 def test_when_all_are_damaged_the_run_is_refused_and_nothing_is_lost(workdir):
-    for step in (2, 4, 6):
-        (workdir / "checkpoints" / str(step) / "state" / "_METADATA").unlink()
+    for steps in (2, 4, 6):
+        (workdir / "checkpoints" / str(steps) / "state" / "_METADATA").unlink()
     with pytest.raises(UserError, match=r"checkpoints/2 cannot be read \(.*\), and there is no older one") as error:
         _run(workdir)
     assert "\n" not in str(error.value) and len(list((workdir / "checkpoints").iterdir())) == 3
@@ -103,13 +117,79 @@ def test_what_is_recomputed_does_not_change_the_numbers(finished, tmp_path, poli
     np.testing.assert_allclose(_losses(tmp_path), _losses(finished), rtol=1e-6)
 
 
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(tmp_path):
-    """Without noise that differs from part to part there is nothing to see: the norm is that of an average."""
-    _run(tmp_path / "whole", **{"train.steps": 2})
-    _run(tmp_path / "parts", **{"train.steps": 2, "train.accumulate": 2})
-    whole, parts = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "parts")
-    )
-    assert [line["tokens_per_second"] > 0 for line in parts] == [True, True]
-    assert abs(whole[0]["loss"] - parts[0]["loss"]) < 0.5 and whole[0]["loss"] != parts[0]["loss"]
+def test_a_changed_number_is_found(finished, workdir, capsys):
+    """Bits that turned on the disk are no error to who reads them."""
+    with ocp.StandardCheckpointer() as writer:
+        folder = (workdir / "checkpoints" / "6" / "state").resolve()
+        state = writer.restore(folder)
+        leaf = state["trained"]["transformer"]["blocks"]["attn1"]["to_q"]["lora"]
+        leaf["a"] = leaf["a"].at[0, 0, 0].add(1e-3)
+        shutil.rmtree(folder)
+        writer.save(folder, state)
+    _run(workdir)
+    assert "checkpoints/6 cannot be read (its numbers are not those that were written)" in capsys.readouterr().err
+    assert _losses(workdir) == _losses(finished)
+
+
+def test_damage_at_the_same_step_again_is_put_aside_again(workdir, capsys):
+    for name in ("damaged-6", "damaged-6-2"):
+        (workdir / "checkpoints" / "6" / "state" / "_METADATA").unlink()
+        assert _run(workdir).finished and (workdir / "checkpoints" / name).is_dir()
+
+
+def test_other_base_weights_are_refused(workdir):
+    model = _model(1.3)
+    with pytest.raises(UserError, match="checkpoints/6 was trained on other base weights: those in model.path"):
+        loop.run(tiny.config(**SETTINGS | {"train.steps": 8}), workdir, data=tiny.data(), model=model, shown=False)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4", "6"]
+
+
+def test_a_refused_resume_changes_nothing(workdir, capsys):
+    before = (workdir / "config.json").read_bytes()
+    data = tiny.data() | {"motion": tiny.dataset(10, frames=2, views=5, seed=7)}
+    with pytest.raises(UserError, match="data.motion has changed since"):
+        _run(workdir, data=data, **{"train.steps": 8})
+    assert (workdir / "config.json").read_bytes() == before and "goes on" not in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_those_before_stay(workdir, monkeypatch):
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device\n[more]")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    with pytest.raises(UserError, match="cannot be written .RESOURCE_EXHAUSTED: .*; make room") as error:
+        _run(workdir, **{"train.steps": 8})
+    assert "\n" not in str(error.value)
+    monkeypatch.undo()
+    assert _run(workdir, **{"train.steps": 8}).finished
+
+
+def test_what_a_killed_writer_left_goes(workdir):
+    left = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
+    shutil.copytree(workdir / "checkpoints" / "6", left)
+    assert _run(workdir).finished and not left.exists()
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(parts):
+    """Of a loss without randomness; with it each part draws its own, as other examples would."""
+    model = _model()
+    graph, trained, frozen = state.split(model, mode="lora", train_encoder=False)
+    rows = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+
+    def loss(model, batch, empty_text, key):
+        weights = nnx.state(model, nnx.LoRAParam)
+        total = sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(weights))
+        return jnp.mean(jnp.square(batch["x"]["y"].sum(axis=-1) - total))
+
+    tx = optax.sgd(0.1)
+    one = step.make(graph, loss, tx, lambda _: 0.1, ema_decay=0.0)
+    found = []
+    for count in (1, parts):
+        start = state.create(trained, tx, ema=False)
+        batch = {"x": {"y": jnp.asarray(rows.reshape(count, -1, 3))}}
+        found.append(one(start, frozen, jax.random.key(0), batch, jnp.zeros(()), jnp.zeros(1, jnp.int32)))
+    (whole, told), (cut, also) = found
+    np.testing.assert_allclose(also["loss"], told["loss"], rtol=1e-6)
+    np.testing.assert_allclose(also["grad_norm"], told["grad_norm"], rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole.trained, cut.trained)

@@ -3,6 +3,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -29,7 +30,16 @@ def _steps(workdir):
     return [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_metrics_are_written_one_step_late_and_on_flush(tmp_path):
+def test_metrics_that_are_computed_already_are_written_at_once(tmp_path):
+    log = _log(tmp_path)
+    for number in range(2):
+        log.write(_step(number), _metrics(2.0))
+        assert _steps(tmp_path) == list(range(number + 1))
+    log.close()
+
+
+def test_several_processes_write_metrics_one_step_late_and_on_flush(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     log = _log(tmp_path)
     log.write(_step(0), _metrics(2.0))
     assert _steps(tmp_path) == []
@@ -41,11 +51,28 @@ def test_metrics_are_written_one_step_late_and_on_flush(tmp_path):
     log.close()
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_waiting_and_compiling_are_logged_with_the_step_during_which_they_happen(tmp_path, monkeypatch, processes):
+    """The batch and the program of a step are got while the one before is computed, unless that is done already."""
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    log = _log(tmp_path)
+    for number in range(3):
+        time.sleep(0.3 if number == 1 else 0.02)
+        log.write(_step(number, waited=0.3 if number == 1 else 0.0, compiled=number == 1), _metrics(2.0))
+    log.flush()
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    slow = 1 if processes == 1 else 0
+    assert [line["seconds"] > 0.25 for line in lines] == [number == slow for number in range(3)]
+    assert [line["data_wait"] > 0.8 for line in lines] == [number == slow for number in range(3)]
+    assert [line.get("compiled", False) for line in lines] == [number == slow for number in range(3)]
+    assert all(0 <= line["data_wait"] <= 1 for line in lines)
+
+
 def test_not_finite_stops(tmp_path):
     log = _log(tmp_path)
-    log.write(_step(0), _metrics(float("inf")))
     with pytest.raises(UserError, match="stopped at step 0 .motion.: loss inf"):
-        log.flush()
+        log.write(_step(0), _metrics(float("inf")))
     assert _steps(tmp_path) == []
     log.close()
 
@@ -80,7 +107,8 @@ def test_scalars_go_to_every_board_at_log_every(tmp_path, monkeypatch):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_a_stop_asked_for_on_any_device_is_heard_one_step_late(tmp_path):
+def test_a_stop_asked_for_on_any_device_is_heard_one_step_late(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     log = _log(tmp_path)
     log.write(_step(0), _metrics(1.0, stop=1))
     assert not log.stopping
@@ -91,9 +119,8 @@ def test_a_stop_asked_for_on_any_device_is_heard_one_step_late(tmp_path):
 
 def test_a_process_that_does_not_write_leaves_nothing_but_stops_all_the_same(tmp_path):
     log = _log(tmp_path, writes=False)
-    log.write(_step(0), _metrics(float("nan")))
     with pytest.raises(UserError, match="stopped at step 0"):
-        log.flush()
+        log.write(_step(0), _metrics(float("nan")))
     log.close()
     assert not list(tmp_path.iterdir())
 

@@ -12,6 +12,7 @@ from sdv_jax.train.heartbeat import PEER_LOST
 from sdv_jax.train.processes import PREEMPTED
 from tests.train import torture
 
+ENDLESS = torture.TINY | {"train.steps": 100000, "train.save_every": 100000, "mesh.fsdp": 1}
 SETTINGS = torture.TINY | {
     "train.steps": 6, "train.save_every": 3, "validation.rows": 8, "validation.every": 3, "gradients.every": 3,
     "mesh.fsdp": 4, "train.heartbeat": 20.0,
@@ -75,6 +76,29 @@ def test_a_signal_to_one_process_stops_both_at_one_step_with_a_checkpoint(place)
     steps = [int(folder.name) for folder in (workdir / "checkpoints").iterdir()]
     assert steps == [len(_lines(workdir))]
     assert f"stopped at step {steps[0]} of 4000; the same command resumes" in workdir.with_suffix(".log").read_text()
+
+
+def test_signals_that_do_not_stop_coming_leave_a_checkpoint(place):
+    """Also while the last one is written."""
+    workdir = place / "hurried"
+    job = torture.start(workdir, ENDLESS, 1, 1, "tiny")
+    while job[0].poll() is None:
+        if torture._size(workdir):
+            job[0].send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    assert torture.wait(job) == [PREEMPTED], workdir.with_suffix(".log").read_text()
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == [str(len(_lines(workdir)))]
+
+
+def test_a_signal_before_the_first_step_stops_at_once(place):
+    workdir = place / "early"
+    job = torture.start(workdir, ENDLESS, 1, 1, "tiny")
+    while not workdir.is_dir():
+        assert job[0].poll() is None, workdir.with_suffix(".log").read_text()
+        time.sleep(0.01)
+    job[0].send_signal(signal.SIGINT)
+    assert torture.wait(job) == [PREEMPTED]
+    assert "sdv: stopped before the first step; the same command" in workdir.with_suffix(".log").read_text()
 
 
 def test_a_dead_process_ends_the_job_with_a_line(place):

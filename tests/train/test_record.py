@@ -28,5 +28,5 @@ def test_the_shipped_run_is_resumed_by_its_config_with_any_guidance_of_samples(t
     shutil.copy("models/small-world-subject/config.json", tmp_path)
     for guidance in (1.5, 3.0):
         config = configs.load("configs/small_world_cogvideox.py", {"sample.guidance": guidance})
-        record.claim(tmp_path, config)
+        record.claim(tmp_path, config, record.check(tmp_path, config))
         assert record.read(tmp_path) == config
