@@ -7,8 +7,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags  # noqa: E402
 
+from sdv_jax import cli  # noqa: E402
 from sdv_jax.data import prepare, settings  # noqa: E402
-from sdv_jax.errors import UserError  # noqa: E402
 
 flags.DEFINE_string(
     "config",
@@ -20,14 +20,12 @@ flags.DEFINE_string("process", None, "I/N: which of N processes this is; absent:
 
 
 def main(arguments: list[str]) -> int:
-    try:
+    def run() -> None:
         config = settings.load(flags.FLAGS.config, arguments[1:])
         process = prepare.this_process(flags.FLAGS.process)
         print(prepare.tell(prepare.prepare(config, process=process), config))
-        return 0
-    except UserError as error:
-        print(f"sdv: error: {error}", file=sys.stderr)
-        return 2
+
+    return cli.guarded(run)
 
 
 if __name__ == "__main__":

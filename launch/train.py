@@ -7,8 +7,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from absl import app, flags  # noqa: E402
 
-from sdv_jax import training  # noqa: E402
-from sdv_jax.errors import UserError  # noqa: E402
+from sdv_jax import cli, training  # noqa: E402
 from sdv_jax.train import config as configs  # noqa: E402
 
 flags.DEFINE_string(
@@ -24,15 +23,15 @@ flags.DEFINE_string("workdir", None, "Folder of the run; a run that is already t
 
 
 def main(arguments: list[str]) -> int:
-    try:
-        config = configs.load(flags.FLAGS.config, arguments[1:])
-        given = flags.FLAGS
+    given = flags.FLAGS
+
+    def train() -> int:
+        config = configs.load(given.config, arguments[1:])
         return training.run_job(
             config, given.workdir, coordinator=given.coordinator, count=given.processes, index=given.process
         )
-    except UserError as error:
-        print(f"sdv: error: {error}", file=sys.stderr)
-        return 2
+
+    return cli.guarded(train)
 
 
 if __name__ == "__main__":

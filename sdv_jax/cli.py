@@ -8,7 +8,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from sdv_jax.errors import UserError
 
@@ -24,19 +24,18 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. `arguments` are those of the command line where absent."""
+    return guarded(lambda: _run(sys.argv[1:] if arguments is None else list(arguments)))
+
+
+def guarded(command: Callable[[], int | None]) -> int:
+    """Calls `command` and returns its exit status; what a user can mend is told in one line, and so are notes."""
     logger, notes = logging.getLogger("sdv_jax"), logging.StreamHandler(sys.stderr)
     notes.setFormatter(logging.Formatter("sdv: note: %(message)s"))
     logger.addHandler(notes)
     logger.propagate = False  # a library that configures the root logger would tell every note twice
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is absent is as it should be
     try:
-        parser, arguments = _parser(), sys.argv[1:] if arguments is None else list(arguments)
-        if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
-            parser.error(f"unknown command {arguments[0]!r}, choose one of: {', '.join(_COMMANDS)}")
-        options, options.overrides = parser.parse_known_args(arguments)
-        if options.overrides and options.run not in (_prepare, _train):
-            options.parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
-        return options.run(options) or 0
+        return command() or 0
     except UserError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -51,6 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         logger.removeHandler(notes)
         logger.propagate = True
+
+
+def _run(arguments: list[str]) -> int | None:
+    parser = _parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in _COMMANDS:
+        parser.error(f"unknown command {arguments[0]!r}, choose one of: {', '.join(_COMMANDS)}")
+    options, options.overrides = parser.parse_known_args(arguments)
+    if options.overrides and options.run not in (_prepare, _train):
+        options.parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
+    return options.run(options)
 
 
 def _fail(message: str) -> int:

@@ -65,6 +65,8 @@ def run_job(
             raise
         traceback.print_exc()  # a defect: shown, and not held up by the others, who wait in a collective
         return _leave(1)
+    finally:
+        processes.ignore_stop_requests()
 
 
 def _tell(result: loop.Result, config: Config, workdir: str | Path) -> int:

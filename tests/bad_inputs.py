@@ -175,6 +175,10 @@ def _runs(folder: pathlib.Path) -> None:
     (folder / "run").mkdir()
     (folder / "started" / "checkpoints" / "5").mkdir(parents=True)
     (folder / "started" / "config.json").write_text(configs.load(folder / "tiny.py").json())
+    (folder / "odd_records").mkdir()
+    norms = {"norm_identity": 1.0, "norm_motion": 1.0}
+    record = {"step": 0, "cosine": None} | norms | {"groups": {"block 0": {"cosine": 0.0}}}
+    (folder / "odd_records" / "gradients.jsonl").write_text(json.dumps(record) + "\n")
 
 
 def _preparations(folder: pathlib.Path) -> None:

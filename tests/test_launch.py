@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -244,6 +246,39 @@ def test_tpu_watch_asks_for_another_tpu_after_a_preemption(tmp_path):
     steps = ("create t", "delete t", "host.sh install", "host.sh start")
     assert [sum(step in call for call in called) for step in steps] == [2, 1, 2, 2]
     assert "h0: done, h1: done" in watch.stdout
+
+
+def test_tpu_install_packs_the_code_without_what_lies_beside_it(tmp_path):
+    code, packed = tmp_path / "code", tmp_path / "packed.tar.gz"
+    shutil.copytree(LAUNCH, code / "launch")
+    there = ("pyproject.toml", "sdv_jax/data/records.py", "sdv_jax/runs/x.py", "tests/data/x.py")
+    for name in (*there, "data/x", "runs/x", ".venv/x", ".git/x"):
+        (code / name).parent.mkdir(parents=True, exist_ok=True)
+        (code / name).touch()
+    path = tools(tmp_path / "bin", gcloud=f'[ "$4" = scp ] && cp "$5" {packed} || true')
+    environment = {"PATH": path, "NAME": "t", "ZONE": "z", "PROJECT": "p"}
+    subprocess.run(["bash", code / "launch/tpu/tpu.sh", "install"], env=environment, check=True, capture_output=True)
+    with tarfile.open(packed) as archive:
+        found = {str(Path(member.name)) for member in archive if member.isfile()}
+    assert {*there, "launch/tpu/host.sh"} <= found
+    assert not [name for name in found if name.startswith(("data", "runs", "."))]
+
+
+@pytest.mark.parametrize(
+    ("program", "called", "arguments"),
+    [
+        ("train", "sdv_jax.training.run_job", ["--config", "configs/small_world_cogvideox.py", "--workdir", "x"]),
+        ("prepare", "sdv_jax.data.settings.load", ["--config", "configs/prepare_folder.py"]),
+    ],
+)
+def test_the_launchers_tell_of_a_disk_in_a_line_as_sdv_does(program, called, arguments):
+    code = (
+        "import runpy, sys; from unittest import mock; "
+        f"mock.patch({called!r}, side_effect=FileNotFoundError(2, 'No such file or directory', '/proc/x')).start(); "
+        f"sys.argv = {[program, *arguments]!r}; runpy.run_path('launch/{program}.py', run_name='__main__')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (2, "sdv: error: /proc/x: No such file or directory\n")
 
 
 # MARK: flags, keys, messages

@@ -34,7 +34,8 @@ create() {
 install() {
     local packed
     packed=$(mktemp -d)/sdv_jax.tar.gz
-    tar -czf "$packed" --exclude-vcs --exclude=.venv --exclude=runs --exclude=data -C "$here/../.." . || return
+    # What lies at the top, and not tar's --exclude, which would leave out sdv_jax/data too.
+    (cd "$here/../.." && GLOBIGNORE='.*:data:runs' && tar -czf "$packed" --exclude=__pycache__ -- *) || return
     gcloud compute tpus tpu-vm scp "$packed" "$NAME:/tmp/sdv_jax.tar.gz" "${PLACE[@]}" --worker=all || return
     on all "mkdir -p ~/sdv_jax && tar -xzf /tmp/sdv_jax.tar.gz -C ~/sdv_jax && bash ~/sdv_jax/launch/tpu/host.sh install"
 }

@@ -4,6 +4,7 @@ Of one run also the cosine per group of layers, and where there is a `validation
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,11 +45,14 @@ def read(workdir: str | Path, *, name: str = "") -> Run:
     if not path.is_file():
         raise UserError(f"analyse: {workdir} has no {GRADIENTS}; train with --config.gradients.every=50 and "
                         "--config.validation.rows=64")  # fmt: skip
-    records = _records(path, {"step", "cosine", "norm_identity", "norm_motion", "groups"})
+    records = _records(path, _check_gradients)
     if not records:
         raise UserError(f"analyse: {path} has no record yet; wait for the run's first comparison")
+    for number, record in enumerate(records, start=1):
+        if record["groups"].keys() != records[-1]["groups"].keys():
+            raise UserError(f"analyse: {path}, line {number} has other 'groups' than the last line; remove one of them")
     validation = workdir / VALIDATION
-    return Run(name or workdir.name, records, _records(validation, {"step"}) if validation.is_file() else [])
+    return Run(name or workdir.name, records, _records(validation, _check_losses) if validation.is_file() else [])
 
 
 def read_all(workdirs: Sequence[str | Path]) -> list[Run]:
@@ -66,8 +70,9 @@ def last_quarter(records: Sequence[dict]) -> Sequence[dict]:
 
 
 def late(records: Sequence[dict], key: str, *, group: str = "") -> float:
-    """The median of a number over the last quarter, in all or in one group of layers."""
-    return statistics.median((record["groups"][group] if group else record)[key] for record in last_quarter(records))
+    """The median of a number over the last quarter, in all or in one group of layers; NaN where one of them is."""
+    values = [(record["groups"][group] if group else record)[key] for record in last_quarter(records)]
+    return math.nan if any(map(math.isnan, values)) else statistics.median(values)
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -109,8 +114,9 @@ def plot(runs: Sequence[Run], out: str | Path, *, maps: Sequence[Run] = (), titl
     if maps:
         shown = parts[1].subplots(1, len(maps), squeeze=False)[0]
         cosines = [group["cosine"] for run in maps for record in run.gradients for group in record["groups"].values()]
+        limit = max((abs(cosine) for cosine in cosines if math.isfinite(cosine)), default=1.0)
         for axes, run in zip(shown, maps, strict=True):
-            picture = _map(axes, run, limit=max(map(abs, cosines)))
+            picture = _map(axes, run, limit=limit)
         bar = parts[1].colorbar(picture, ax=list(shown), shrink=0.8)
         bar.set_label("cosine", fontsize=8)
         bar.ax.tick_params(labelsize=7)
@@ -186,13 +192,18 @@ def _series(records: Sequence[dict], key: str) -> tuple[list, list]:
 
 
 def _bins(axes: Axes, run: Run, task: str) -> None:
-    """Each bin of noise levels beside the mean: the darker, the noisier."""
-    records = [record for record in run.validation if task in record]
-    bins = np.array([record[task]["bins"] for record in records]).T
+    """Each bin of noise levels beside the mean: the darker, the noisier.
+
+    Where `validation.bins` was changed in the run, the records of the newest number of bins.
+    """
+    every = [record for record in run.validation if task in record]
+    records = [record for record in every if len(record[task]["bins"]) == len(every[-1][task]["bins"])]
+    steps, bins = [record["step"] for record in records], np.array([record[task]["bins"] for record in records]).T
     for number, values in enumerate(bins):
         shade = str(0.85 - 0.6 * number / max(len(bins) - 1, 1))
-        axes.plot([record["step"] for record in records], values, color=shade, linewidth=0.9, label=f"bin {number}")
-    axes.legend(fontsize=6, frameon=False, ncols=2)
+        axes.plot(steps, values, color=shade, linewidth=0.9, label=f"bin {number}")
+    title = f"{len(bins)} bins, from step {steps[0]}" if len(records) < len(every) else None
+    axes.legend(fontsize=6, frameon=False, ncols=2, title=title, title_fontsize=6)
 
 
 def logarithmic(axes: Axes) -> None:
@@ -223,15 +234,58 @@ def _place(group: str) -> tuple:
     return (0, int(number)) if kind == "block" and number.isdigit() else (1, group)
 
 
-def _records(path: Path, keys: set[str]) -> list[dict]:
+def _records(path: Path, check: Callable[[dict, str], None]) -> list[dict]:
+    """The objects on the lines of a file, each as `check(record, where)` wants it."""
     records = []
-    for number, line in enumerate(path.read_text().rpartition("\n")[0].splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().rpartition(b"\n")[0].splitlines(), start=1):
+        where = f"analyse: {path}, line {number}"
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"analyse: {path}, line {number} is not JSON; remove it, or train again") from error
-        missing = keys - record.keys() if isinstance(record, dict) else keys
-        if missing:
-            raise UserError(f"analyse: {path}, line {number} has no {sorted(missing)[0]!r}; it is no such record")
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
+            raise UserError(f"{where} is not JSON; remove it, or train again") from error
+        check(record, where)
         records.append(record)
     return records
+
+
+def _check_gradients(record: dict, where: str) -> None:
+    _check_keys(record, where, "step", "cosine", "norm_identity", "norm_motion", "groups")
+    groups = record["groups"]
+    _check_numbers(record, where, "step", "cosine", "norm_identity", "norm_motion")
+    if not isinstance(groups, dict) or not groups:
+        raise UserError(f"{where}: 'groups' is {_shown(groups)}, expected groups of layers; it is no such record")
+    for name, group in groups.items():
+        _check_keys(group, f"{where}, group {name!r}", "cosine")
+        _check_numbers(group, f"{where}, group {name!r}", "cosine")
+
+
+def _check_losses(record: dict, where: str) -> None:
+    _check_keys(record, where, "step")
+    _check_numbers(record, where, "step")
+    for task in record.keys() & set(_TASKS):
+        of = f"{where}, {task!r}"
+        _check_keys(record[task], of, "loss", "bins")
+        _check_numbers(record[task], of, "loss")
+        bins = record[task]["bins"]
+        if not isinstance(bins, list) or not all(map(_is_number, bins)):
+            raise UserError(f"{of}: 'bins' is {_shown(bins)}, expected a list of numbers; remove the line")
+
+
+def _check_keys(record: dict, where: str, *keys: str) -> None:
+    missing = [key for key in keys if not isinstance(record, dict) or key not in record]
+    if missing:
+        raise UserError(f"{where} has no {missing[0]!r}; it is no such record")
+
+
+def _check_numbers(record: dict, where: str, *keys: str) -> None:
+    for key in keys:
+        if not _is_number(record[key]):
+            raise UserError(f"{where}: {key!r} is {_shown(record[key])}, expected a number; remove the line")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value)[:40]

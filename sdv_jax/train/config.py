@@ -257,6 +257,11 @@ def _check_choices(config: Config) -> None:
             f"config key 'text_to_video.first_frame': {share} of batch_size {batch} is {round(share * batch)} clips; "
             "expected some with and some without, or 0 or 1"
         )
+    if config.gradients.every and config.train.objective != "subject":
+        raise UserError(
+            "config key 'gradients.every': compares the gradients of two tasks and needs train.objective='subject', "
+            f"found {config.train.objective!r}; leave it 0"
+        )
     if config.train.objective == "subject" and config.train.mode == "lora" and config.optimizer.name == "muon":
         raise UserError("config key 'optimizer.name': 'muon' is for train.mode='full', found 'lora'; use 'adamw'")
 

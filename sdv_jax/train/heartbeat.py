@@ -38,6 +38,7 @@ class Heartbeat:
         self.folder, self.index, self.count, self.timeout = folder, index, count, timeout
         self.lost = lost or end
         self.stopped = threading.Event()
+        self.failed = False  # whether a beat could not be written yet
         self.thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     @classmethod
@@ -48,7 +49,7 @@ class Heartbeat:
     def __enter__(self) -> "Heartbeat":
         if self.count > 1:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._beat(f"{os.getpid()} 0")
+            self._write(f"{os.getpid()} 0")
             self.thread.start()
         return self
 
@@ -82,6 +83,15 @@ class Heartbeat:
                 return
 
     def _beat(self, said: str) -> None:
+        """An error of the file system may pass before the others miss this process: it is told once, and no more."""
+        try:
+            self._write(said)
+        except OSError as error:
+            if not self.failed:
+                print(f"sdv: note: {self.folder}: heartbeat not written, will try again: {error}", file=sys.stderr)
+            self.failed = True
+
+    def _write(self, said: str) -> None:
         path = self.folder / str(self.index)
         fresh = path.with_suffix(".new")
         fresh.write_text(said)

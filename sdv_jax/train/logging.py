@@ -121,7 +121,7 @@ class RunLog:
         raise UserError(
             f"training stopped at step {step.number} ({step.task['task']}): loss {values['loss']}, grad_norm "
             f"{values['grad_norm']}; earlier checkpoints are intact, {self.workdir / NOT_FINITE} names the examples of "
-            "the step: lower optimizer.learning_rate, or check the data, and start again"
+            "the step: check them, or start with a lower optimizer.learning_rate in a new --workdir"
         )
 
 

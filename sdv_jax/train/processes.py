@@ -16,6 +16,7 @@ from sdv_jax.errors import UserError
 from sdv_jax.train.heartbeat import explain_aborts
 
 PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; the same command goes on (sysexits' TEMPFAIL)
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 _PATIENCE = 10  # how many times longer JAX itself waits for a silent process than our own watch, which says more
 
 
@@ -74,6 +75,13 @@ def on_host(tree):
     return jax.tree.map(lambda leaf: np.asarray(multihost_utils.process_allgather(leaf, tiled=True)), tree)
 
 
+def ignore_stop_requests() -> None:
+    """For a process whose exit status is settled: a signal while Python shuts down would replace it."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _STOPPING:
+            signal.signal(number, signal.SIG_IGN)
+
+
 class Stopped(KeyboardInterrupt):
     """A signal that came before there was anything to save."""
 
@@ -97,7 +105,7 @@ def stop_requests() -> Iterator[StopRequests]:
         if not received.patient:
             raise Stopped(f"signal {number}")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handle) for number in _STOPPING}
     try:
         yield received
     finally:

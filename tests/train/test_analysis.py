@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from sdv_jax import cli
@@ -20,6 +21,14 @@ def record(step: int, cosine: float) -> dict:
 
     groups = {name: told(cosine + number / 10) for number, name in enumerate(GROUPS)}
     return {"step": step} | told(cosine) | {"groups": groups}
+
+
+def changed(**values) -> str:
+    """A line of gradients.jsonl with other values."""
+    return json.dumps(record(0, 0.4) | values) + "\n"
+
+
+LINE = changed()
 
 
 def write(folder, *, validation: bool = True):
@@ -81,16 +90,60 @@ def test_the_command_leaves_a_picture_with_a_map_of_one_run(tmp_path, capsys):
         (None, "has no gradients.jsonl; train with --config.gradients.every"),
         ("", "has no record yet"),
         ("nonsense\n", "line 1 is not JSON"),
-        ("[1]\n", "line 1 has no 'cosine'"),
-        ('{"step": 0, "cosine": 0.1}\n', "line 1 has no 'groups'"),
+        ("[1]\n", "line 1 has no 'step'"),
+        ('{"step": 0, "cosine": 0.1}\n', "line 1 has no 'norm_identity'"),
+        (b'{"step": 0, "\xff": 1}\n', "gradients.jsonl, line 1 is not JSON"),
+        (LINE + changed(cosine=None), "gradients.jsonl, line 2: 'cosine' is null, expected a number"),
+        (changed(norm_motion="0.5"), "line 1: 'norm_motion' is \"0.5\", expected a number"),
+        (changed(step=True), "line 1: 'step' is true, expected a number"),
+        (changed(groups={}), "line 1: 'groups' is {}, expected groups of layers"),
+        (changed(groups={"a": {"cosine": []}}), "line 1, group 'a': 'cosine' is .., expected a number"),
+        (changed(groups={"a": {"cosine": 0.1}}) + LINE, "line 1 has other 'groups' than the last line"),
     ],
 )
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, text, complaint):
     if text is not None:
-        (tmp_path / "gradients.jsonl").write_text(text)
+        (tmp_path / "gradients.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=complaint) as caught:
         analysis.read(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("told", "complaint"),
+    [
+        (None, "validation.jsonl, line 1, 'motion' has no 'loss'"),
+        ({"loss": "1", "bins": []}, "line 1, 'motion': 'loss' is \"1\", expected a number"),
+        ({"loss": 1, "bins": [None]}, "line 1, 'motion': 'bins' is .null., expected a list of numbers"),
+    ],
+)
+def test_a_record_of_losses_that_is_none_is_refused_in_one_line(tmp_path, told, complaint):
+    folder = write(tmp_path / "run")
+    (folder / "validation.jsonl").write_text(json.dumps({"step": 0, "motion": told}) + "\n")
+    with pytest.raises(UserError, match=complaint):
+        analysis.read(folder)
+
+
+def test_bins_whose_number_was_changed_are_drawn_from_there_on(tmp_path):
+    folder = write(tmp_path / "run")
+    with (folder / "validation.jsonl").open("a") as file:
+        for step in (100, 120):
+            file.write(json.dumps({"step": step, "motion": {"loss": 1.0, "bins": [0.5, 1.0, 1.5]}}) + "\n")
+    run = analysis.read(folder)
+    axes = Figure().subplots()
+    analysis._bins(axes, run, "motion")
+    assert [list(line.get_xdata()) for line in axes.lines] == [[100, 120]] * 3
+    assert axes.get_legend().get_title().get_text() == "3 bins, from step 100"
+    analysis.plot([run], tmp_path / "run.png", maps=[run])
+
+
+def test_a_run_that_diverged_is_drawn(tmp_path):
+    folder = write(tmp_path / "run")
+    with (folder / "gradients.jsonl").open("a") as file:
+        file.write(json.dumps(record(90, float("nan"))) + "\n")
+    run = analysis.read(folder)
+    analysis.plot([run], tmp_path / "run.png", maps=[run])
+    assert "nan" in analysis.table([run])
 
 
 def test_the_picture_is_a_png(tmp_path, capsys):

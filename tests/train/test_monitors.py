@@ -124,6 +124,18 @@ def test_rows_that_cannot_be_held_out_are_told(tmp_path, settings, expected):
         _run(tmp_path, **settings)
 
 
+def test_one_task_alone_has_nothing_to_compare(tmp_path):
+    with pytest.raises(UserError, match=r"'gradients.every': compares the gradients of two tasks.*leave it 0"):
+        _run(tmp_path, **{"train.objective": "text_to_video"})
+
+
+@pytest.mark.parametrize(("p", "missing"), [(0.0, "motion"), (1.0, "identity")])
+def test_a_comparison_needs_the_data_of_both_tasks(tmp_path, p, missing):
+    data = {name: rows for name, rows in tiny.data().items() if name != missing}
+    with pytest.raises(UserError, match=f"'data.{missing}' is empty: this run needs it"):
+        _run(tmp_path, data, **{"switch.motion_probability": p})
+
+
 def test_only_what_is_measured_needs_data(tmp_path):
     """Image-only training compares gradients on clips it does not train on."""
     _run(tmp_path, **{"switch.motion_probability": 0.0})
