@@ -1,6 +1,7 @@
 """What `sdv train` does: the training loop, with sample sheets drawn by the pipeline."""
 
 import dataclasses
+import logging
 import os
 import sys
 import traceback
@@ -41,6 +42,7 @@ def run_job(
     gone. 2: the input is wrong, and a line said how. With several processes an error in one ends it at once.
     """
     processes.simulate_devices()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the stack traces of what it raises
     try:
         with processes.stop_requests():
             if coordinator:

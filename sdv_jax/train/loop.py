@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def _run(
     batches = loading.iterate(schedule.batches, start, place, workers=config.data.workers) if start < stop else None
     save = partial(_save, checkpoints, config, schedule)
     done, signals.patient = start, True
-    try:
+    with _closing(checkpoints, log, batches):
         while done < stop:
             _watch(watched, current, done, log)
             if devices.agreed(signals, log.stopping):
@@ -140,11 +141,6 @@ def _run(
         if done == c.steps and start < done:
             _watch(watched, current, done, log)
         save(done, current)
-    finally:
-        log.close()
-        if batches is not None:
-            batches.close()
-        checkpoints.close()
 
     # ---- Result -----------------------------------------------------------------------------------------------------
     finished = done == c.steps
@@ -198,6 +194,20 @@ def _log(config: Config, workdir: Path, schedule: plan.Plan, start: int, shown: 
         workdir, start=start, steps=config.train.steps, log_every=config.train.log_every, meter=meter,
         describe=schedule.batches.describe, writes=writes, shown=shown, boards=boards,
     )  # fmt: skip
+
+
+@contextmanager
+def _closing(*parts) -> Iterator[None]:
+    """Closes them in order; after a failure all of them, whatever they say: a full disk fails each, the first tells."""
+    try:
+        yield
+    except BaseException:
+        for part in filter(None, parts):
+            with suppress(Exception):
+                part.close()
+        raise
+    for part in filter(None, parts):
+        part.close()
 
 
 def _save(checkpoints: Checkpoints, config: Config, schedule: plan.Plan, done: int, current: TrainState) -> None:
