@@ -1,15 +1,16 @@
 """How fast a run is, and how far that is from what its devices could do.
 
-    model FLOPs of a step = forward + backward, nothing counted twice for recomputation:
-        LoRA                2 · products with weights + 3 · products of activations
-        all weights         3 · products with weights + 3 · products of activations
+    model FLOPs of a step = Σ over the products of the forward pass: FLOPs · (1 + factors that need a gradient)
     MFU = model FLOPs of a step / (seconds of the step · devices · peak FLOP/s of a device)
 
-A frozen weight needs no gradient, so its backward pass costs one product instead of two. Peaks are the published dense
-bfloat16 ones.
+A factor needs a gradient where it is a trained weight or depends on one. So a product with a frozen weight counts
+twice, with a trained one (all of them, or A and B of a LoRA) and of two activations three times, and what comes before
+the first trained weight, such as a frozen text encoder, once. Nothing counts again for recomputation. Peaks are the
+published dense bfloat16 ones.
 """
 
 import dataclasses
+import re
 import resource
 import sys
 import time
@@ -25,10 +26,13 @@ from sdv_jax.train.config import Config
 from sdv_jax.train.state import Tree, join
 from sdv_jax.typing import Array
 
-# FLOP/s of one device in bfloat16, by what `device_kind` begins with; the longest that fits counts.
+# FLOP/s of one device in bfloat16, by the first words of `device_kind`; the longest name that fits counts. The H100 SXM
+# has the short name because its kind is "NVIDIA H100 80GB HBM3".
 PEAKS = {
-    "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L40": 181e12,
-    "NVIDIA L4": 121e12, "TPU v3": 123e12, "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
+    "NVIDIA A10": 125e12, "NVIDIA A10G": 70e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12,
+    "NVIDIA GH200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L40": 181e12, "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12,
+    "TPU v3": 123e12, "TPU v4": 275e12, "TPU v4 lite": 138e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
     "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
 }  # fmt: skip
 
@@ -42,16 +46,17 @@ class Cost:
     flops: float
 
 
-def step_flops(loss: Callable, *arguments, adapter_only: bool) -> float:
-    """Model FLOPs of one step of a program, by the formula above; `loss(*arguments)` is its forward pass."""
-    weights, activations = flops.count(loss, *arguments)
-    return (2 if adapter_only else 3) * weights + 3 * activations
+def step_flops(loss: Callable, trained, *arguments) -> float:
+    """Model FLOPs of one step of a program, by the formula above; `loss(trained, *arguments)` is its forward pass."""
+    return sum(flops.count(loss, trained, *arguments))
 
 
 def peak_flops(stated: float) -> float | None:
     """FLOP/s of one device: `stated` (train.peak_tflops · 1e12) or that of the table; None where neither is known."""
     kind = jax.devices()[0].device_kind
-    names = sorted((name for name in PEAKS if kind.startswith(name)), key=len)
+    words = re.split("[ -]", kind)  # "NVIDIA A100-SXM4-80GB" is an A100, "NVIDIA L40S" no L40
+    whole = () if "MIG" in words else PEAKS  # of a part of a device nothing is known
+    names = sorted((name for name in whole if words[: name.count(" ") + 1] == name.split()), key=len)
     return stated or (PEAKS[names[-1]] if names else None)
 
 
@@ -84,8 +89,7 @@ class Costs:
             rows = jax.tree.map(lambda x: x[0], batch)
             return self.losses[program](join(self.graph, trained, frozen), rows, empty_text, key)
 
-        lora = self.config.train.mode == "lora"
-        one = step_flops(forward, trained, frozen, batch, empty_text, key, adapter_only=lora)
+        one = step_flops(forward, trained, frozen, batch, empty_text, key)
         parts = self.config.train.accumulate
         samples = sum(shape[0] * shape[1] for shape in shapes.values())
         return Cost(samples, plan.tokens(self.config, program, shapes, self.geometry), parts * one)
