@@ -130,7 +130,10 @@ def _run(
             program, asked = schedule.programs[done], time.perf_counter()
             batch, waited = next(batches), time.perf_counter() - asked
             cost, compiled = costs.of(program, current.trained, frozen, batch, empty_text, key)
-            current, metrics = steps[program](current, frozen, key, batch, empty_text, devices.flags(signals))
+            given = (current, frozen, key, batch, empty_text, devices.flags(signals))
+            if compiled:
+                processes.compile_together(steps[program], *given)
+            current, metrics = steps[program](*given)
             log.write(Step(done, schedule.task(done), cost, waited, compiled), metrics)
             done += 1
             if done % c.save_every == 0 and done < stop:

@@ -11,12 +11,14 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from sdv_jax.errors import UserError
 from sdv_jax.train.heartbeat import explain_aborts
 
 PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; the same command goes on (sysexits' TEMPFAIL)
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
+_DAY = 24 * 3600 * 1000  # milliseconds
 _PATIENCE = 10  # how many times longer JAX itself waits for a silent process than our own watch, which says more
 
 
@@ -55,6 +57,17 @@ def join(coordinator: str, count: int | None, index: int | None, *, timeout: flo
             f"the processes did not find each other through {coordinator} within {timeout:g} s ({told}); check that "
             "all were started, and that the port is free and reachable"
         ) from error
+
+
+def compile_together(program, *arguments) -> None:
+    """Compiles a jitted function on every process before any of them runs it.
+
+    Compilers differ by minutes, above all where one process finds the result of an earlier run in a cache. Inside a
+    collective there is less patience: gloo gives the others 30 seconds to come. Who waits here has its heartbeat.
+    """
+    if jax.process_count() > 1:
+        program.lower(*arguments).compile()
+        multihost.get_barrier_sync_fn()(key="compiled", timeout_ms=_DAY)
 
 
 def is_writer() -> bool:
