@@ -307,13 +307,11 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from sdv_jax import training
-    from sdv_jax.data.files import make_folder
     from sdv_jax.train import config
 
     loaded = config.load(options.config, options.overrides)
-    workdir = make_folder(options.workdir, what="workdir")
     return training.run_job(
-        loaded, workdir, coordinator=options.coordinator, count=options.processes, index=options.process
+        loaded, options.workdir, coordinator=options.coordinator, count=options.processes, index=options.process
     )
 
 

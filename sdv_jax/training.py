@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sdv_jax.checkpoints import model_folder
+from sdv_jax.data.files import make_folder
 from sdv_jax.data.loading import Mixture, stack
 from sdv_jax.data.video import write_contact_sheet
 from sdv_jax.errors import UserError
@@ -28,7 +29,8 @@ STEPS = 20  # denoising steps of a sample: enough to judge by
 
 def train(config: Config, workdir: str | Path) -> loop.Result:
     """Runs the loop; with `train.sample_every`, sheets go to `workdir/samples`. Raises as `loop.run` does."""
-    data = datasets.load(config, Path(workdir) / "data")
+    workdir = make_folder(workdir, what="workdir")  # before minutes are spent on data
+    data = datasets.load(config, workdir / "data")
     sampler = Sheets(config, data) if config.train.sample_every else None
     return loop.run(config, workdir, sampler=sampler, data=data)
 

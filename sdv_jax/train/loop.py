@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from sdv_jax.data import loading
+from sdv_jax.data.files import make_folder
 from sdv_jax.data.loading import Dataset, Mixture
 from sdv_jax.errors import UserError
 from sdv_jax.objectives.denoising import Denoiser
@@ -63,8 +64,7 @@ def run(
     loss that is not finite, and a checkpoint that cannot be written. When another process dies, this one ends at once,
     with `heartbeat.PEER_LOST` as its status.
     """
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = make_folder(workdir, what="workdir")
     devices = Devices.of(config.mesh)
     with processes.stop_requests() as signals, Heartbeat.of(workdir, config.train.heartbeat):
         data = datasets.load(config, workdir / "data") if data is None else _mixtures(data)
