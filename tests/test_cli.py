@@ -96,7 +96,7 @@ def test_train_forwards_overrides_in_any_place(here, monkeypatch, capsys):
     seen = []
 
     def train(config, workdir):
-        seen.append((config.train.steps, config.train.seed, workdir.name))
+        seen.append((config.train.steps, config.train.seed, workdir))
         return training.loop.Result(7, True, None)
 
     monkeypatch.setattr(training, "train", train)

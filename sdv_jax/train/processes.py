@@ -92,7 +92,7 @@ def ignore_stop_requests() -> None:
     """For a process whose exit status is settled: a signal while Python shuts down would replace it."""
     if threading.current_thread() is threading.main_thread():
         for number in _STOPPING:
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by programs that are started
 
 
 class Stopped(KeyboardInterrupt):
