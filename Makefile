@@ -11,7 +11,7 @@ demo: $(VENV)/.installed  ## [FAMILY=cogvideox|wan] convert the shipped base, tr
 	$(BIN)/sdv demo --family $(FAMILY)
 
 test: $(VENV)/.tested  ## every test, on the CPU, by two processes
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 torture: $(VENV)/.tested  ## kill a small-world run 30 times on one process and on two; it must end bit-equal to an unbroken one
 	$(BIN)/python -m tests.train.torture --processes 1

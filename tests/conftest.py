@@ -20,6 +20,11 @@ if importlib.util.find_spec("beartype"):
     install_import_hook([f"sdv_jax.{name}" for name in packages], "tests.typechecker.check")
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes minutes by itself comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_processes.py")
+
+
 @pytest.fixture(scope="session")
 def tiny_pipeline_folder(tmp_path_factory):
     """A function: rope -> a diffusers pipeline folder (float32), made once per session. Copy it before changing it."""
