@@ -82,7 +82,7 @@ class Checkpoints:
                 found = self.manager.restore(step, args=state)["state"]
                 if checksums(found) != run["sums"]:
                     raise ValueError("its numbers are not those that were written")
-            except UserError:
+            except (UserError, jax.errors.JaxRuntimeError):  # the latter of devices, or of a process that died
                 raise
             except Exception as error:  # whatever a damaged file makes orbax and tensorstore raise
                 if "RESOURCE_EXHAUSTED" in str(error):  # no memory says nothing of the file
@@ -112,7 +112,7 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, RuntimeError) as error:  # of the thread that wrote the one before, too
+        except (OSError, ValueError) as error:  # of the thread that wrote the one before, too
             told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(
                 f"a checkpoint in {self.folder} cannot be written ({told}); make room or check the place: the same "
