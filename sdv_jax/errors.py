@@ -13,6 +13,13 @@ class UserError(ValueError):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of what another library said, at most 200 characters, with its type where that says little."""
+    said = str(error).strip()
+    named = f"{type(error).__name__}: {said}" if isinstance(error, KeyError) else said or type(error).__name__
+    return named.splitlines()[0][:200]
+
+
 def of_the_machine(error: BaseException) -> bool:
     """Whether an error of the operating system says nothing of the file at hand: any other would fail alike.
 

@@ -15,7 +15,7 @@ from sdv_jax.checkpoints import model_folder
 from sdv_jax.data.files import make_folder
 from sdv_jax.data.loading import Mixture, stack
 from sdv_jax.data.video import write_contact_sheet
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, one_line
 from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.objectives.denoising import Denoiser
 from sdv_jax.pipeline import Pipeline
@@ -59,10 +59,9 @@ def run_job(
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        told = (str(error).strip().splitlines() or [""])[0][:200]
         return heartbeat.end(
-            f"a step across {jax.process_count()} processes failed ({told}): another process died, or the network "
-            "broke; start all processes again, they go on from the newest checkpoint"
+            f"a step across {jax.process_count()} processes failed ({one_line(error)}): another process died, or the "
+            "network broke; start all processes again, they go on from the newest checkpoint"
         )
     except Exception:
         if jax.process_count() == 1:

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 import struct
-import zlib
 
 import numpy as np
 from PIL import Image
@@ -18,6 +17,7 @@ from sdv_jax.models.contract import LatentScale
 from sdv_jax.train import config as configs
 from tests import tiny_wan
 from tests.data import clips
+from tests.data.pictures import png_claiming
 from tests.tiny_pipeline import save_pipeline
 from tests.train import tiny
 
@@ -57,7 +57,7 @@ def _pictures(folder: pathlib.Path) -> None:
     for name in ("cut.png", "cut.jpg"):
         Image.fromarray(noise).save(folder / name)
         (folder / name).write_bytes((folder / name).read_bytes()[:800])
-    (folder / "bomb.png").write_bytes(_claiming(60000, 60000))
+    (folder / "bomb.png").write_bytes(png_claiming(60000, 60000))
     Image.fromarray(noise[:1, :1]).save(folder / "one_pixel.png")
     Image.fromarray(noise).convert("L").save(folder / "grey.png")
     Image.fromarray(noise).convert("P").save(folder / "palette.png")
@@ -69,16 +69,6 @@ def _pictures(folder: pathlib.Path) -> None:
     exif[0x0112] = 6
     Image.fromarray(noise).save(folder / "rotated.jpg", exif=exif)
     Image.fromarray(noise).save(folder / "animated.gif", save_all=True, append_images=[Image.fromarray(noise[::-1])])
-
-
-def _claiming(width: int, height: int) -> bytes:
-    """A PNG whose header states that size and whose pixels never come."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def _models(folder: pathlib.Path) -> None:

@@ -20,7 +20,7 @@ import tensorstore as ts
 
 from sdv_jax.checkpoints.engine import Index, checksum
 from sdv_jax.checkpoints.safetensors_io import BLOCK_BYTES
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,8 @@ def _result(future: ts.Future, folder: Path, path: str):
     try:
         return future.result()
     except ValueError as error:
-        reason = str(error).splitlines()[0][:160]
         raise UserError(
-            f"{folder}: array {path} is incomplete or damaged ({reason}); convert the model again"
+            f"{folder}: array {path} is incomplete or damaged ({one_line(error)}); convert the model again"
         ) from None
 
 

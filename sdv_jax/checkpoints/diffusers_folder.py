@@ -9,7 +9,7 @@ from sdv_jax.checkpoints.engine import Source, match
 from sdv_jax.checkpoints.families import families
 from sdv_jax.checkpoints.family import Family
 from sdv_jax.checkpoints.safetensors_io import open_folder
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, one_line
 from sdv_jax.models.contract import check_defaults
 from sdv_jax.models.text.tokenizer import check_vocabulary
 
@@ -37,8 +37,9 @@ def locate(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # whatever the network and the hub come up with
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{source}: no such folder, and it cannot be downloaded from Hugging Face ({reason})") from None
+        raise UserError(
+            f"{source}: no such folder, and it cannot be downloaded from Hugging Face ({one_line(error)})"
+        ) from None
 
 
 def read_config(folder: Path) -> dict:
@@ -132,7 +133,7 @@ def read_json(file: Path) -> dict:
     except RecursionError:
         raise UserError(f"{file}: not readable as JSON (its brackets nest too deep); restore the file") from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{file}: not readable as JSON ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{file}: not readable as JSON ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}")
     return content

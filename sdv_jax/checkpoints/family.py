@@ -13,7 +13,7 @@ from flax import nnx
 
 from sdv_jax.checkpoints.engine import Leaf, leaf_shapes, leaves_of
 from sdv_jax.checkpoints.rules.table import Rules
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, one_line
 from sdv_jax.models.contract import Traits
 from sdv_jax.sharding import REPLICATED, Table
 
@@ -155,4 +155,4 @@ def _located(make: Callable, where: Path):
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except (TypeError, ArithmeticError, AttributeError) as error:  # of the wrong kind, such as a text for a size
-        raise UserError(f"{where}: a value does not make sense ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{where}: a value does not make sense ({one_line(error)})") from None

@@ -13,7 +13,7 @@ import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
 import numpy as np
 
 from sdv_jax.data.files import replacing
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, one_line
 from sdv_jax.models.contract import LatentScale
 
 FILE = "manifest.json"
@@ -111,11 +111,6 @@ def write_json(path: Path, content: Any, *, what: str, indent: int | None = None
     """A JSON file, whole or not at all."""
     with replacing(path, what=what) as temporary:
         temporary.write_text(json.dumps(content, indent=indent, ensure_ascii=False), "utf-8")
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong in one line of at most 200 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def check_scale(scale: LatentScale, channels: int, where: str) -> None:

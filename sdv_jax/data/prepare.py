@@ -33,12 +33,12 @@ from sdv_jax.data.files import make_folder
 from sdv_jax.data.images import silence_pillow
 from sdv_jax.data.importers.item import Importer, Rejected
 from sdv_jax.data.locks import claimed
-from sdv_jax.data.manifest import Feature, one_line, write_json
+from sdv_jax.data.manifest import Feature, write_json
 from sdv_jax.data.records import ShardWriter
 from sdv_jax.data.samples import Recipe, Sample, bucket_name
 from sdv_jax.data.settings import Config, check_sizes
 from sdv_jax.data.units import RejectedItem, Thumbnail, Unit
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, one_line
 from sdv_jax.models.contract import Traits
 
 STATE = "prepare.json"

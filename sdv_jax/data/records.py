@@ -41,8 +41,8 @@ from tensorflow_datasets.proto import tf_example_pb2, tf_feature_pb2
 from sdv_jax.data import manifest as manifests
 from sdv_jax.data.files import make_folder, replacing
 from sdv_jax.data.latents import LatentDataset
-from sdv_jax.data.manifest import AGAIN, BucketEntry, Feature, Manifest, Shard, one_line
-from sdv_jax.errors import UserError
+from sdv_jax.data.manifest import AGAIN, BucketEntry, Feature, Manifest, Shard
+from sdv_jax.errors import UserError, one_line
 from sdv_jax.models.contract import LatentScale
 
 MOMENTS = ("mean", "logvar", "reference_mean", "reference_logvar")

@@ -11,8 +11,7 @@ from jaxtyping import UInt8
 
 from sdv_jax.data.decode import Size, picture_size, probe, read_clip, read_crops, read_picture
 from sdv_jax.data.importers.item import Clip, Importer, Item, Picture, Rejected
-from sdv_jax.data.manifest import one_line
-from sdv_jax.errors import UserError, of_the_machine
+from sdv_jax.errors import UserError, of_the_machine, one_line
 
 REFERENCES = ("target", "views")
 _SHORT = ("too short", "damaged video")  # for which a bucket of fewer frames may do
@@ -91,7 +90,7 @@ def read(importer: Importer, index: int, recipe: Recipe) -> Sample:
         if of_the_machine(error):
             told = f"item {importer.key(index)} cannot be read: {error.strerror}"
             raise UserError(f"{told}; mend that, and the same command goes on") from error
-        raise Rejected("unforeseen error", one_line(error)) from error
+        raise Rejected("unforeseen error", f"{type(error).__name__}: {one_line(error)}") from error
     return Sample(item.key, item.caption, item.provenance, size, target, references, seconds, left_out)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from sdv_jax.data.importers.item import Rejected
-from sdv_jax.errors import of_the_machine
+from sdv_jax.errors import of_the_machine, one_line
 
 # A file is what its content says, and some contents name other files or addresses (playlists, ffconcat): only
 # containers that hold their own pictures are opened, and nothing but local files.
@@ -208,4 +208,4 @@ def _orientation(frame: av.VideoFrame) -> Orientation:
 
 
 def _words(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return getattr(error, "strerror", None) or one_line(error)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sdv_jax.data import records
 from sdv_jax.data.files import replacing
-from sdv_jax.data.manifest import Shard, one_line, write_json
-from sdv_jax.errors import UserError
+from sdv_jax.data.manifest import Shard, write_json
+from sdv_jax.errors import UserError, one_line
 
 FOLDER = "shards"
 REJECTED_FILE = "rejected.jsonl"

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, one_line
 from sdv_jax.train.state import TrainState, Tree
 
 _ITEMS = ("state", "run")
@@ -43,10 +43,6 @@ class Checkpoints:
         )
         self.folder, self.origin = folder, origin
         self.manager = ocp.CheckpointManager(folder.resolve(), options=options, item_names=_ITEMS)
-
-    def latest(self) -> int | None:
-        """Steps done at the newest checkpoint, or None."""
-        return self.manager.latest_step()
 
     def save(self, step: int, state: TrainState, *, data: Mapping[str, object], config: Mapping[str, object]) -> None:
         """Begins to write a checkpoint after `step` steps, once; waits only for the one before.
@@ -113,21 +109,20 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # of the thread that wrote the one before, too
-            told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(
-                f"a checkpoint in {self.folder} cannot be written ({told}); make room or check the place: the same "
-                "command goes on from the newest checkpoint there is"
+                f"a checkpoint in {self.folder} cannot be written ({one_line(error)}); make room or check the place: "
+                "the same command goes on from the newest checkpoint there is"
             ) from error
 
     def _put_aside(self, step: int, error: Exception, *, last: bool) -> None:
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         where = self.folder / str(step)
         if last:
             raise UserError(
-                f"checkpoint {where} cannot be read ({told}), and there is no older one; use a new workdir"
+                f"checkpoint {where} cannot be read ({one_line(error)}), and there is no older one; use a new workdir"
             ) from error
         if jax.process_index() == 0:
-            print(f"sdv: checkpoint {where} cannot be read ({told}); going on from the one before it", file=sys.stderr)
+            told = f"sdv: checkpoint {where} cannot be read ({one_line(error)}); going on from the one before it"
+            print(told, file=sys.stderr)
             names = (f"damaged-{step}{again}" for again in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
             where.rename(next(place for name in names if not (place := self.folder / name).exists()))
         self.manager.reload()

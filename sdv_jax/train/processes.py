@@ -1,5 +1,6 @@
 """One job of several processes: joining them, agreeing on the end, and who writes what they share."""
 
+import atexit
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, one_line
 from sdv_jax.train.heartbeat import explain_aborts
 
 PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; the same command goes on (sysexits' TEMPFAIL)
@@ -52,10 +53,9 @@ def join(coordinator: str, count: int | None, index: int | None, *, timeout: flo
             **given, initialization_timeout=int(timeout), heartbeat_timeout_seconds=int(_PATIENCE * timeout)
         )
     except (RuntimeError, ValueError) as error:
-        told = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"the processes did not find each other through {coordinator} within {timeout:g} s ({told}); check that "
-            "all were started, and that the port is free and reachable"
+            f"the processes did not find each other through {coordinator} within {timeout:g} s ({one_line(error)}); "
+            "check that all were started, and that the port is free and reachable"
         ) from error
 
 
@@ -91,8 +91,14 @@ def on_host(tree):
 def ignore_stop_requests() -> None:
     """For a process whose exit status is settled: a signal while Python shuts down would replace it."""
     if threading.current_thread() is threading.main_thread():
-        for number in _STOPPING:
-            signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by programs that are started
+        _handle_with(lambda *_: None)  # SIG_IGN would be inherited by programs that are started
+        # Python gives up its own handlers before the process is gone; what it ignores stays ignored.
+        atexit.register(_handle_with, signal.SIG_IGN)
+
+
+def _handle_with(handler) -> None:
+    for number in _STOPPING:
+        signal.signal(number, handler)
 
 
 class Stopped(KeyboardInterrupt):

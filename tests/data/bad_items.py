@@ -2,8 +2,6 @@
 
 import json
 import os
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tests.data import clips, sets
+from tests.data.pictures import png_claiming
 
 PROMPT = "a red ball on sand"
 _FRAMES = 13
@@ -93,16 +92,6 @@ def _cut_picture(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
-def _bomb(path: Path) -> None:
-    """A PNG whose header states 60000 x 60000 pixels that never come."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
-
-
 def _animation(path: Path) -> None:
     frames = [Image.fromarray(frame) for frame in sets.moving(3, _FRAMES)]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=125)
@@ -142,7 +131,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "cut.png": _cut_picture,
     "empty.png": Path.touch,
     "text.png": _text("not a picture"),
-    "bomb.png": _bomb,
+    "bomb.png": lambda path: path.write_bytes(png_claiming(60000, 60000)),
     "tiny.png": lambda path: Image.new("RGB", (4, 4)).save(path),
     "sixteen_bits.png": _sixteen_bits,
     "cmyk.jpg": _picture("CMYK"),

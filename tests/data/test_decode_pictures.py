@@ -1,8 +1,6 @@
 """Pictures for the identity task: files and bytes, boxes, masks, crop jitter, and what is no picture."""
 
 import io
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ from sdv_jax.data.decode import read_crops, read_picture
 from sdv_jax.data.importers.item import Frame, Picture, Rejected
 from sdv_jax.data.importers.masks import Mask
 from tests.data.clips import write
+from tests.data.pictures import png_claiming
 from tests.data.test_decode import disc, extent, marked
 
 NOISE = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
@@ -65,16 +64,6 @@ def test_odd_pictures_that_are_accepted(tmp_path, kind):
         picture.convert("L").save(path)
     found = read_picture(Picture(path), height=48, width=64)
     assert np.abs(found.astype(int) - marked()).mean() < 3
-
-
-def png_claiming(width, height):
-    """A few bytes that say they are a picture of this size."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_what_is_no_picture(tmp_path):

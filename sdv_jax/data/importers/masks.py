@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Bool
-
-_MOST_PIXELS = 89_478_485  # as of a picture
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Mask:
 
     def decode(self) -> Bool[np.ndarray, "h w"]:
         """Raises ValueError when the runs are damaged or do not fill height x width, or that is too much or nothing."""
-        if not 0 < self.height * self.width <= _MOST_PIXELS:
+        if not 0 < self.height * self.width <= Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"a mask of {self.height}x{self.width}")
         try:
             runs = np.array(unpack(self.counts) if isinstance(self.counts, str) else self.counts, np.int64)

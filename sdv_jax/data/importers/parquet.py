@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow import types
 
 from sdv_jax.data.importers.item import Rejected
-from sdv_jax.errors import UserError, of_the_machine
+from sdv_jax.errors import UserError, of_the_machine, one_line
 
 _GROUPS_KEPT = 2  # in memory: a reader that goes in order, in both of two threads, reads each group once
 
@@ -110,7 +110,7 @@ class ParquetRows:
                 values = values.cast(kind.common, safe=False)
                 values.validate(full=True)  # reading checks no text
             except (pa.ArrowException, OSError) as error:
-                raise UserError(f"{self._what} {file} is damaged ({_line(error)}); download it again") from error
+                raise UserError(f"{self._what} {file} is damaged ({one_line(error)}); download it again") from error
             chunks += values.chunks
         return pa.chunked_array(chunks, kind.common)
 
@@ -118,7 +118,7 @@ class ParquetRows:
         try:
             opened = pq.ParquetFile(file)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self._what} {file} is damaged or not parquet ({_line(error)}); replace it") from error
+            raise UserError(f"{self._what} {file} is damaged or not parquet ({one_line(error)}); replace it") from error
         with opened:
             schema = opened.schema_arrow
             missing = [name for name in columns if name not in schema.names]
@@ -145,7 +145,7 @@ class ParquetRows:
                 except (pa.ArrowException, OSError) as error:
                     if of_the_machine(error):
                         raise
-                    raise Rejected("damaged parquet", f"{file}, row group {number} ({_line(error)})") from error
+                    raise Rejected("damaged parquet", f"{file}, row group {number} ({one_line(error)})") from error
                 while len(self._cache) > _GROUPS_KEPT:
                     self._cache.popitem(last=False)
             self._cache.move_to_end(group)
@@ -181,7 +181,3 @@ def _files_of(path: Path, what: str) -> list[Path]:
     if not files:
         raise UserError(f"{what} {path} holds no .parquet file; give a parquet file or a folder of them")
     return files
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

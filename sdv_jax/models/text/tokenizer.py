@@ -12,7 +12,7 @@ from pathlib import Path
 import ftfy
 import numpy as np
 
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +39,7 @@ class Tokenizer:
         try:
             self._tokenizer = reader.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # whatever the readers of json, sentencepiece and tokenizers raise for a broken file
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"tokenizer: transformers cannot read {folder}: {first}") from error
+            raise UserError(f"tokenizer: transformers cannot read {folder}: {one_line(error)}") from error
 
     def tokenize(self, texts: str | Sequence, *, max_length: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, mask) of a string or a list of them, int32 [b, max_length] each.
@@ -93,7 +92,7 @@ def _damage(check: Callable[[bytes], None], file: Path, size: int, changed: int)
     try:
         return check(file.read_bytes())
     except Exception as error:  # whatever the readers of protobuf and json raise for bytes that are neither
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return one_line(error)
 
 
 def _check_pieces(raw: bytes) -> None:
