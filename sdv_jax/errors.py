@@ -13,11 +13,14 @@ class UserError(ValueError):
     """
 
 
-def one_line(error: BaseException) -> str:
-    """The first line of what another library said, at most 200 characters, with its type where that says little."""
-    said = str(error).strip()
-    named = f"{type(error).__name__}: {said}" if isinstance(error, KeyError) else said or type(error).__name__
-    return named.splitlines()[0][:200]
+def one_line(error: BaseException, *, typed: bool = False) -> str:
+    """What another library said, its first line, at most 200 characters; its type where it said nothing.
+
+    With `typed` the type comes first: for errors that nothing foresees, which may say as little as a missing key.
+    """
+    said = (str(error).strip().splitlines() or [""])[0]
+    name = type(error).__name__
+    return (f"{name}: {said}" if typed else said or name)[:200]
 
 
 def of_the_machine(error: BaseException) -> bool:

@@ -104,7 +104,8 @@ def read(folder: Path) -> Manifest:
     except UserError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        raise UserError(f"prepared data {folder}: {FILE} is unreadable ({one_line(error)}); {AGAIN}") from error
+        told = one_line(error, typed=True)
+        raise UserError(f"prepared data {folder}: {FILE} is unreadable ({told}); {AGAIN}") from error
 
 
 def write_json(path: Path, content: Any, *, what: str, indent: int | None = None) -> None:

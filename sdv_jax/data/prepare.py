@@ -173,7 +173,8 @@ def _agree(folder: Path, state: Mapping) -> None:
     try:
         before = dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}); remove {folder} and prepare anew") from error
+        told = one_line(error, typed=True)
+        raise UserError(f"{path} is damaged ({told}); remove {folder} and prepare anew") from error
     state = json.loads(json.dumps(state))
     changed = [key for key in {**before, **state} if before.get(key) != state.get(key)]
     if changed:

@@ -115,7 +115,7 @@ class Bucket:
         if isinstance(error, UserError):
             return error
         where = f"prepared data {self.folder}: bucket {self.name}, record {index}"
-        return UserError(f"{where} is damaged ({one_line(error)}); {AGAIN}")
+        return UserError(f"{where} is damaged ({one_line(error, typed=True)}); {AGAIN}")
 
     @functools.cached_property
     def _source(self):
@@ -284,7 +284,8 @@ class ShardWriter:
         return Shard(self._unit, self._count, self._path.stat().st_size, self._sum.hexdigest())
 
     def _refused(self, error: RuntimeError) -> UserError:
-        return UserError(f"records {self._path} cannot be written ({one_line(error)}); free the disk and go on")
+        told = one_line(error, typed=True)
+        return UserError(f"records {self._path} cannot be written ({told}); free the disk and go on")
 
 
 def forget(folder: Path, unit: int, units: int) -> None:

@@ -90,7 +90,7 @@ def read(importer: Importer, index: int, recipe: Recipe) -> Sample:
         if of_the_machine(error):
             told = f"item {importer.key(index)} cannot be read: {error.strerror}"
             raise UserError(f"{told}; mend that, and the same command goes on") from error
-        raise Rejected("unforeseen error", f"{type(error).__name__}: {one_line(error)}") from error
+        raise Rejected("unforeseen error", one_line(error, typed=True)) from error
     return Sample(item.key, item.caption, item.provenance, size, target, references, seconds, left_out)
 
 

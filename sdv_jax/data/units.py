@@ -96,7 +96,7 @@ def read(folder: Path, number: int, *, units: int, settings: str) -> Unit | None
         return None
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(
-            f"{path} is damaged ({one_line(error)}); remove it, and the same command does that part again"
+            f"{path} is damaged ({one_line(error, typed=True)}); remove it, and the same command does that part again"
         ) from error
     if unit.number != number or unit.settings != settings:
         raise UserError(f"{path} was made with other settings or of other data; remove it, or use another output.path")

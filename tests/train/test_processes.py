@@ -12,7 +12,7 @@ from sdv_jax.train.heartbeat import PEER_LOST
 from sdv_jax.train.processes import PREEMPTED
 from tests.train import torture
 
-ENDLESS = torture.TINY | {"train.steps": 100000, "train.save_every": 100000, "mesh.fsdp": 1}
+ENDLESS = torture.TINY | {"train.steps": 100000, "train.save_every": 100000}
 SETTINGS = torture.TINY | {
     "train.steps": 6, "train.save_every": 3, "validation.rows": 8, "validation.every": 3, "gradients.every": 3,
     "mesh.fsdp": 4, "train.heartbeat": 20.0,
@@ -51,8 +51,7 @@ def test_two_processes_train_as_one_and_as_one_device(place, two):
 def test_a_checkpoint_of_two_processes_goes_on_on_one_device(place, two):
     """Another mesh, another number of processes: the same run to float tolerance."""
     workdir = place / "moved"
-    for process in (job := torture.start(workdir, SETTINGS | {"train.steps": 6}, 2, 4, "tiny")):
-        process.send_signal(0)
+    job = torture.start(workdir, SETTINGS, 2, 4, "tiny")
     while not (workdir / "checkpoints" / "3").is_dir():
         assert all(process.poll() in (None, 0) for process in job)
         time.sleep(0.02)
@@ -67,7 +66,7 @@ def test_a_checkpoint_of_two_processes_goes_on_on_one_device(place, two):
 
 def test_a_signal_to_one_process_stops_both_at_one_step_with_a_checkpoint(place):
     workdir = place / "preempted"
-    job = torture.start(workdir, SETTINGS | {"train.steps": 4000, "train.save_every": 4000}, 2, 4, "tiny")
+    job = torture.start(workdir, ENDLESS, 2, 1, "tiny")
     while torture._size(workdir) == 0:
         assert all(process.poll() is None for process in job), workdir.with_suffix(".log").read_text()
         time.sleep(0.02)
@@ -75,13 +74,13 @@ def test_a_signal_to_one_process_stops_both_at_one_step_with_a_checkpoint(place)
     assert torture.wait(job) == [PREEMPTED, PREEMPTED]
     steps = [int(folder.name) for folder in (workdir / "checkpoints").iterdir()]
     assert steps == [len(_lines(workdir))]
-    assert f"stopped at step {steps[0]} of 4000; the same command resumes" in workdir.with_suffix(".log").read_text()
+    assert f"stopped at step {steps[0]} of 100000; the same command resumes" in workdir.with_suffix(".log").read_text()
 
 
 def test_signals_that_do_not_stop_coming_leave_a_checkpoint(place):
     """Also while the last one is written."""
     workdir = place / "hurried"
-    job = torture.start(workdir, ENDLESS, 1, 1, "tiny")
+    job = torture.start(workdir, ENDLESS | {"mesh.fsdp": 1}, 1, 1, "tiny")
     while job[0].poll() is None:
         if torture._size(workdir):
             job[0].send_signal(signal.SIGTERM)
@@ -92,7 +91,7 @@ def test_signals_that_do_not_stop_coming_leave_a_checkpoint(place):
 
 def test_a_signal_before_the_first_step_stops_at_once(place):
     workdir = place / "early"
-    job = torture.start(workdir, ENDLESS, 1, 1, "tiny")
+    job = torture.start(workdir, ENDLESS | {"mesh.fsdp": 1}, 1, 1, "tiny")
     while not workdir.is_dir():
         assert job[0].poll() is None, workdir.with_suffix(".log").read_text()
         time.sleep(0.01)
@@ -103,8 +102,7 @@ def test_a_signal_before_the_first_step_stops_at_once(place):
 
 def test_a_dead_process_ends_the_job_with_a_line(place):
     workdir = place / "dead"
-    settings = SETTINGS | {"train.steps": 100000, "train.save_every": 100000, "train.heartbeat": 5.0}
-    job = torture.start(workdir, settings, 2, 4, "tiny")
+    job = torture.start(workdir, ENDLESS | {"train.heartbeat": 5.0}, 2, 1, "tiny")
     while torture._size(workdir) == 0:
         assert all(process.poll() is None for process in job), workdir.with_suffix(".log").read_text()
         time.sleep(0.02)

@@ -43,7 +43,8 @@ def start(workdir: Path, settings: dict, processes: int, devices: int, source: s
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"), "PYTHONPATH": str(ROOT),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": "--xla_cpu_collective_call_terminate_timeout_seconds=300",  # a busy machine is not a dead one
+        # a busy machine is not a dead one
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=300",
     }  # fmt: skip
     command = [sys.executable, "-m", "tests.train.worker", str(workdir), json.dumps(settings), str(devices), source]
     port = _free_port()

@@ -13,6 +13,11 @@ from pathlib import Path
 
 import jax
 
+sys.modules["torch"] = None  # tensorboardX imports it where it finds it: seconds for nothing
+import tensorboardX  # noqa: E402, F401
+
+del sys.modules["torch"]
+
 
 def main(workdir: str, settings: str, devices: str, source: str, *job: str) -> int:
     jax.config.update("jax_num_cpu_devices", int(devices))
