@@ -181,8 +181,7 @@ def _runs(families: Mapping[str, Family]) -> str:
     for name, family in families.items():
         row, records = next(iter(family.records.items()))
         told = ", ".join(f"`{key}` {value}" for key, value in common(records[0], row).items())
-        minutes = [record["minutes"] for some in family.records.values() for record in some]
-        lines.append(f"- {TITLES[name]}: {min(minutes):.0f} to {max(minutes):.0f} minutes a run; {told}.")
+        lines.append(f"- {TITLES[name]}: {told}.")
     total = sum(sum(map(len, family.records.values())) for family in families.values())
     return "\n".join([f"**{total} of {_wanted() * len(demo.SHIPPED)} runs are in** ({', '.join(counts)}).", "", *lines])
 
