@@ -45,7 +45,6 @@ def record(family: str, row: str, seed: int) -> dict:
     return {
         "family": family, "row": row, "seed": seed, "settings": COMMON | ROWS[row].settings, "scores": found,
         "validation": [{"step": step, "identity": loss, "motion": loss} for step in (0, 800)], "gradients": gradients,
-        "minutes": 9.5,
     }  # fmt: skip
 
 
