@@ -195,34 +195,54 @@ def test_gke_submit_names_a_setting_that_is_missing(tmp_path):
 # MARK: Cloud TPU
 
 
-def test_tpu_host_starts_again_until_it_is_done(tmp_path):
+@pytest.fixture
+def host(tmp_path):
+    """`host.sh COMMAND` of a host whose sdv is `script`, without systemd's unit and the share."""
     code = tmp_path / "code"
     shutil.copytree(LAUNCH, code / "launch")
-    ends = f'n=$(grep -c "^sdv " {code}/.venv/bin/calls); set -- 75 76 134 0; exit ${{!n}}'
     (code / ".venv").mkdir()
-    tools(code / ".venv/bin", sdv=ends)
-    environment = {"PATH": os.environ["PATH"], "WORKDIR": str(tmp_path / "run")}
-    subprocess.run(["bash", code / "launch/tpu/host.sh", "loop"], env=environment, check=True, capture_output=True)
+
+    def command(name: str, *, script: str = "") -> dict:
+        path = tools(tmp_path / "bin", sudo="", systemctl="exit 3", mountpoint="exit 1")
+        tools(code / ".venv/bin", sdv=script)
+        settings = {"PATH": path, "USER": "u", "WORKDIR": str(tmp_path / "run"), "SHARE": "a:/b", "MOUNT": "/c"}
+        return {"args": ["bash", code / "launch/tpu/host.sh", name], "env": settings, "text": True}
+
+    return code, command
+
+
+def test_tpu_host_starts_again_until_it_is_done(host):
+    code, command = host
+    ends = f'n=$(grep -c "^sdv " {code}/.venv/bin/calls); set -- 75 76 134 0; exit ${{!n}}'
+    subprocess.run(**command("loop", script=ends), check=True, capture_output=True)
     assert len(calls(code / ".venv/bin", "sdv")) == 4
     assert (code / ".result").read_text() == "done\n"
 
 
-def test_tpu_host_hands_a_stop_on_and_does_not_start_again(tmp_path):
-    code = tmp_path / "code"
-    shutil.copytree(LAUNCH, code / "launch")
-    (code / ".venv").mkdir()
+def test_tpu_host_that_is_shut_down_hands_it_on_and_is_idle_afterwards(host):
+    code, command = host
     waits = "trap 'sleep 0.3; exit 75' TERM; touch $(dirname $0)/up; for _ in {1..200}; do sleep 0.05; done"
-    tools(code / ".venv/bin", sdv=waits)
-    environment = {"PATH": os.environ["PATH"], "WORKDIR": str(tmp_path / "run")}
-    command = ["bash", code / "launch/tpu/host.sh", "loop"]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as loop:
+    with subprocess.Popen(**command("loop", script=waits), stdout=subprocess.PIPE) as loop:
         while not (code / ".venv/bin/up").exists():
             assert loop.poll() is None
         loop.terminate()
         said = loop.communicate(timeout=20)[0]
-    assert "exit status 75, checkpoint 0: stop" in said
-    assert (code / ".result").read_text() == "stop\n"
+    assert "exit status 75, checkpoint 0: ended by SIGTERM" in said
     assert len(calls(code / ".venv/bin", "sdv")) == 1
+    assert subprocess.run(**command("status"), capture_output=True).stdout.endswith(": idle\n")
+
+
+def test_tpu_host_that_was_told_to_stop_says_so_until_it_is_started(host, tmp_path):
+    code, command = host
+    for told, name in (("stop", "stop"), ("idle", "start")):
+        subprocess.run(**command(name), check=True)
+        assert subprocess.run(**command("status"), capture_output=True).stdout.endswith(f": {told}\n")
+    (code / ".result").write_text("done\n")
+    subprocess.run(**command("stop"), check=True)
+    assert (code / ".result").read_text() == "done\n"
+    stopped, mounted, started, _ = calls(tmp_path / "bin", "sudo")
+    assert stopped == "sudo systemctl stop sdv" and mounted == "sudo mount -t nfs -o nconnect=8 a:/b /c"
+    assert started.startswith("sudo systemd-run ")
 
 
 def test_tpu_watch_asks_for_another_tpu_after_a_preemption(tmp_path):

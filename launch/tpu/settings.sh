@@ -13,7 +13,8 @@ PYTHON=${PYTHON:-3.12}                    # the runtime's own is too old
 
 CONFIG=${CONFIG:-configs/cogvideox_5b_subject.py}
 WORKDIR=${WORKDIR:-$MOUNT/runs/subject}   # what the run leaves, on the share
-STARTS=${STARTS:-3}                       # give up when so many starts in a row end at the same checkpoint
+STARTS=${STARTS:-10}                      # give up when so many starts in a row end at the same checkpoint; while a
+                                          # host restarts, each of the others' ends after train.heartbeat
 GRACE=${GRACE:-300}                       # seconds that `stop` gives for three more steps and a checkpoint
 POLL=${POLL:-60}                          # seconds between the looks of `watch`
 TRAIN=(
