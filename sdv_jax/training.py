@@ -22,6 +22,7 @@ from sdv_jax.pipeline import Pipeline
 from sdv_jax.train import datasets, heartbeat, loop, processes, setup
 from sdv_jax.train.config import Config
 from sdv_jax.train.devices import Devices
+from sdv_jax.train.heartbeat import Heartbeat
 
 ROWS = 4  # samples on a sheet
 STEPS = 20  # denoising steps of a sample: enough to judge by
@@ -49,7 +50,9 @@ def run_job(
         with processes.stop_requests():
             if coordinator:
                 processes.join(coordinator, count, index, timeout=config.train.heartbeat)
-            return _tell(train(config, workdir), config, workdir)
+            with Heartbeat.of(Path(workdir), config.train.heartbeat):
+                result = train(config, workdir)
+            return _tell(result, config, workdir)
     except processes.Stopped:
         print("sdv: stopped before the first step; the same command starts again", file=sys.stderr, flush=True)
         return _leave(processes.PREEMPTED)

@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
+from jax._src.distributed import global_state
+
+from sdv_jax.data.files import make_folder
 
 PEER_LOST = 76  # exit status: another process is gone; start all of them again
 _DONE = "done"
 _ABORTED = (
-    "the connection to the first process of the job is lost: it died, or its host or network did; start all processes "
-    "again, they go on from the newest checkpoint"
+    "JAX ended this process, as the lines above say: not all processes of the job came within train.heartbeat, or one "
+    "of them, its host or the network died; start all processes again, they go on from the newest checkpoint, if any"
 )
 _on_abort = None  # ctypes does not keep what C may still call
 _BEATS = 8  # per timeout
@@ -37,19 +39,23 @@ class Heartbeat:
     ):
         self.folder, self.index, self.count, self.timeout = folder, index, count, timeout
         self.lost = lost or end
+        self.before: dict[int, str] = {}  # what an earlier start had left
         self.stopped = threading.Event()
         self.failed = False  # whether a beat could not be written yet
         self.thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     @classmethod
     def of(cls, workdir: Path, timeout: float) -> "Heartbeat":
-        """That of this process of this job."""
-        return cls(workdir / "heartbeats", index=jax.process_index(), count=jax.process_count(), timeout=timeout)
+        """That of this process of this job. Enter it once all have joined, and before any waits for another."""
+        # jax.process_index() would start the devices first, for which the processes wait for each other.
+        index, count = global_state.process_id, global_state.num_processes
+        return cls(workdir / "heartbeats", index=index, count=count, timeout=timeout)
 
     def __enter__(self) -> "Heartbeat":
         if self.count > 1:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(f"{os.getpid()} 0")
+            make_folder(self.folder, what="workdir")
+            self.before = {other: self._read(other) for other in self._others()}
+            self._write(self._alive(0))
             self.thread.start()
         return self
 
@@ -58,13 +64,14 @@ class Heartbeat:
             self.stopped.set()
             self.thread.join()
             if kind is None:
-                self._beat(_DONE)
+                self._beat(f"{_DONE} {time.time_ns()}")  # the time tells it from that of an earlier start
 
     def silent(self, seen: dict[int, tuple[str, float]], now: float) -> list[int]:
         """The processes that have not been heard of for `timeout` seconds; `seen` is what was last read, and when."""
-        for other in set(range(self.count)) - {self.index}:
+        for other in self._others():
             said = self._read(other)
-            if said == _DONE or other not in seen or seen[other][0] != said:
+            done = said.startswith(_DONE) and said != self.before.get(other)
+            if done or other not in seen or seen[other][0] != said:
                 seen[other] = (said, now)
         return [other for other, (_, when) in sorted(seen.items()) if now - when > self.timeout]
 
@@ -73,7 +80,7 @@ class Heartbeat:
         beats = 0
         while not self.stopped.wait(self.timeout / _BEATS):
             beats += 1
-            self._beat(f"{os.getpid()} {beats} {socket.gethostname()}")
+            self._beat(self._alive(beats))
             if missed := self.silent(seen, time.monotonic()):
                 names = ", ".join(f"{other} ({self._host(seen[other][0])})" for other in missed)
                 self.lost(
@@ -81,6 +88,13 @@ class Heartbeat:
                     "host or network did; start all processes again, they go on from the newest checkpoint"
                 )
                 return
+
+    def _others(self) -> set[int]:
+        return set(range(self.count)) - {self.index}
+
+    @staticmethod
+    def _alive(beats: int) -> str:
+        return f"{os.getpid()} {beats} {socket.gethostname()}"
 
     def _beat(self, said: str) -> None:
         """An error of the file system may pass before the others miss this process: it is told once, and no more."""

@@ -29,7 +29,6 @@ from sdv_jax.train import (
 from sdv_jax.train.checkpointing import Checkpoints, Origin
 from sdv_jax.train.config import Config
 from sdv_jax.train.devices import Devices
-from sdv_jax.train.heartbeat import Heartbeat
 from sdv_jax.train.logging import RunLog, Step
 from sdv_jax.train.monitors import Monitor
 from sdv_jax.train.state import TrainState
@@ -61,12 +60,12 @@ def run(
     the config names. SIGTERM and SIGINT, to any process, end the run after the step at hand (with several processes at
     most two later, the same for all), with a checkpoint; `Result.finished` is then False. Before the first step they
     raise `processes.Stopped`. Raises UserError for a wrong config, data that do not fit, a workdir of another run, a
-    loss that is not finite, and a checkpoint that cannot be written. When another process dies, this one ends at once,
-    with `heartbeat.PEER_LOST` as its status.
+    loss that is not finite, and a checkpoint that cannot be written. That other processes live is watched from outside,
+    by a `Heartbeat`.
     """
     workdir = make_folder(workdir, what="workdir")
     devices = Devices.of(config.mesh)
-    with processes.stop_requests() as signals, Heartbeat.of(workdir, config.train.heartbeat):
+    with processes.stop_requests() as signals:
         data = datasets.load(config, workdir / "data") if data is None else _mixtures(data)
         with devices.on_mesh():
             return _run(
