@@ -300,8 +300,8 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     command.epilog = (
         "--config.SECTION.KEY=VALUE sets a key of the config, for example --config.train.steps=100. Exit status: 0 "
-        "done, 75 stopped by a signal after a checkpoint (start it again), 76 another process died (start all again), "
-        "2 wrong input."
+        "done, 75 stopped by a signal after a checkpoint (start it again), 76 another process died or did not "
+        "come (start all again), 2 wrong input."
     )
 
 
