@@ -4,8 +4,8 @@
 #   decide STATUS WORKDIR STARTS NOTE
 #
 # prints "done", "again" or "stop" for the exit status of `sdv train`: 0 is done, 2 (wrong input) stops, and 75 (stopped
-# by a signal, after a checkpoint) goes on. All else, a lost process (76) or a crash, goes on too, until STARTS starts in
-# a row have ended at the same checkpoint. NOTE is the file that counts them.
+# by a signal, after a checkpoint) goes on. All else, a disk that failed (74), a lost process (76) or a crash, goes on too,
+# until STARTS starts in a row have ended at the same checkpoint. NOTE is the file that counts them.
 
 newest_checkpoint() {
     local folder newest=0

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from sdv_jax.errors import UserError
+from sdv_jax.errors import UserError, of_a_file
 
 SHEET_FRAMES = 13  # pictures of a video on its contact sheet, evenly spread
 
@@ -42,7 +42,7 @@ def guarded(command: Callable[[], int | None]) -> int:
         print("sdv: interrupted", file=sys.stderr)
         return 130
     except OSError as error:  # a disk or a permission; what the library expects of files it tells as UserError
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        return _fail(of_a_file(error))
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and not isinstance(error, MemoryError):
             raise
@@ -300,8 +300,8 @@ def _train_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     command.epilog = (
         "--config.SECTION.KEY=VALUE sets a key of the config, for example --config.train.steps=100. Exit status: 0 "
-        "done, 75 stopped by a signal after a checkpoint (start it again), 76 another process died or did not "
-        "come (start all again), 2 wrong input."
+        "done, 74 the disk refused (make room, start it again), 75 stopped by a signal after a checkpoint (start it "
+        "again), 76 another process died or did not come (start all again), 2 wrong input."
     )
 
 

@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong", or "the machine is"."""
+"""The exceptions that mean "the input is wrong", as opposed to "the program is wrong", and "the disk is"."""
 
 import errno
 
@@ -11,6 +11,15 @@ class UserError(ValueError):
     The message is one line that says what is wrong, where, what was expected and found, and what to do. The command
     line prints it after `sdv: error:` and exits with status 2; library callers catch it as a `ValueError`.
     """
+
+
+class NotWritten(UserError):
+    """A file that the disk did not take: full, over a quota, silent. With room the same command goes on."""
+
+
+def of_a_file(error: OSError) -> str:
+    """What the operating system said, and of which file."""
+    return f"{error.filename or 'a file'}: {error.strerror or error}"
 
 
 def one_line(error: BaseException, *, typed: bool = False) -> str:

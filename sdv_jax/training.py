@@ -15,7 +15,7 @@ from sdv_jax.checkpoints import model_folder
 from sdv_jax.data.files import make_folder
 from sdv_jax.data.loading import Mixture, stack
 from sdv_jax.data.video import write_contact_sheet
-from sdv_jax.errors import UserError, one_line
+from sdv_jax.errors import NotWritten, UserError, of_a_file, one_line
 from sdv_jax.models.text.tokenizer import Tokenizer
 from sdv_jax.objectives.denoising import Denoiser
 from sdv_jax.pipeline import Pipeline
@@ -41,8 +41,9 @@ def run_job(
 ) -> int:
     """A run from its command line, alone or as process `index` of `count` (`processes.join`); returns its exit status.
 
-    0: done. `processes.PREEMPTED`: stopped by a signal, after a checkpoint. `heartbeat.PEER_LOST`: another process is
-    gone. 2: the input is wrong, and a line said how. With several processes an error in one ends it at once.
+    0: done. `processes.PREEMPTED`: stopped by a signal, after a checkpoint. `processes.IO_ERROR`: the disk failed.
+    `heartbeat.PEER_LOST`: another process is gone. 2: the input is wrong. A line said what. With several processes an
+    error in one ends it at once.
     """
     processes.simulate_devices()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs the stack traces of what it raises
@@ -58,7 +59,10 @@ def run_job(
         return _leave(processes.PREEMPTED)
     except UserError as error:
         print(f"sdv: error: {error}", file=sys.stderr, flush=True)
-        return _leave(2)
+        return _leave(processes.IO_ERROR if isinstance(error, NotWritten) else 2)
+    except OSError as error:
+        print(f"sdv: error: {of_a_file(error)}", file=sys.stderr, flush=True)
+        return _leave(processes.IO_ERROR)
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise

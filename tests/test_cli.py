@@ -12,6 +12,7 @@ from PIL import Image
 
 from sdv_jax import cli
 from sdv_jax.data.video import read_video
+from sdv_jax.errors import NotWritten
 from tests.bad_inputs import ROOT
 from tests.tiny_pipeline import save_pipeline
 
@@ -117,6 +118,36 @@ def test_a_stopped_training_says_so_and_how_to_go_on(here, monkeypatch, capsys, 
     arguments = ["train", "--config", str(ROOT / "configs" / "base.py"), "--workdir", "run", "--config.train.steps=7"]
     assert cli.main(arguments) == 75
     assert capsys.readouterr().err == "sdv: stopped at step 3 of 7; the same command resumes\n"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    ("raised", "line"),
+    [
+        (OSError(28, "No space left on device", "run/metrics.jsonl"), "run/metrics.jsonl: No space left on device"),
+        (NotWritten("a checkpoint cannot be written"), "a checkpoint cannot be written"),
+    ],
+)
+def test_a_disk_that_fails_a_training_is_one_line_and_no_wrong_input(
+    here, monkeypatch, capsys, raised, line, processes
+):
+    from sdv_jax import training
+
+    def leave(status):
+        raise SystemExit(status)
+
+    def train(config, workdir):
+        raise raised
+
+    monkeypatch.setattr(training, "train", train)
+    monkeypatch.setattr(training.jax, "process_count", lambda: processes)
+    monkeypatch.setattr(training.os, "_exit", leave)
+    command = ["train", "--config", str(ROOT / "configs" / "base.py"), "--workdir", "run"]
+    try:
+        status = cli.main(command)
+    except SystemExit as end:
+        status = end.code
+    assert status == 74 and capsys.readouterr().err == f"sdv: error: {line}\n"
 
 
 @pytest.mark.parametrize(

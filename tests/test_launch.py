@@ -15,7 +15,7 @@ import yaml
 from configs import base, prepare
 from sdv_jax import cli
 from sdv_jax.train.heartbeat import PEER_LOST
-from sdv_jax.train.processes import PREEMPTED
+from sdv_jax.train.processes import IO_ERROR, PREEMPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
@@ -72,7 +72,7 @@ def slurm(tmp_path):
     return Slurm(tmp_path)
 
 
-@pytest.mark.parametrize("status", [PREEMPTED, PEER_LOST, 134, 137, 1])
+@pytest.mark.parametrize("status", [IO_ERROR, PREEMPTED, PEER_LOST, 134, 137, 1])
 def test_slurm_queues_a_job_again_that_can_go_on(slurm, status):
     job = slurm.run(status)
     assert job.returncode == 0, job.stdout + job.stderr
@@ -86,7 +86,7 @@ def test_slurm_leaves_what_is_done_or_wrong(slurm, status):
 
 
 def test_slurm_gives_up_when_nothing_comes_of_it(slurm):
-    assert [slurm.run(PEER_LOST).returncode for _ in range(3)] == [0, 0, PEER_LOST]
+    assert [slurm.run(status).returncode for status in (PEER_LOST, IO_ERROR, PEER_LOST)] == [0, 0, PEER_LOST]
     assert slurm.requeued() == 2
 
 
@@ -213,7 +213,7 @@ def host(tmp_path):
 
 def test_tpu_host_starts_again_until_it_is_done(host):
     code, command = host
-    ends = f'n=$(grep -c "^sdv " {code}/.venv/bin/calls); set -- 75 76 134 0; exit ${{!n}}'
+    ends = f'n=$(grep -c "^sdv " {code}/.venv/bin/calls); set -- 75 76 74 0; exit ${{!n}}'
     subprocess.run(**command("loop", script=ends), check=True, capture_output=True)
     assert len(calls(code / ".venv/bin", "sdv")) == 4
     assert (code / ".result").read_text() == "done\n"
@@ -360,5 +360,6 @@ def test_messages_in_the_docs_are_those_of_the_program(said):
 
 def test_exit_statuses_in_the_docs_are_those_of_the_program():
     table = (ROOT / "docs/many_hosts.md").read_text()
-    for status, said in ((PREEMPTED, "stopped by SIGTERM"), (PEER_LOST, "another process died or did not come")):
+    ends = {IO_ERROR: "the disk did not take", PREEMPTED: "stopped by SIGTERM", PEER_LOST: "another process died or"}
+    for status, said in ends.items():
         assert f"| {status} | {said}" in table

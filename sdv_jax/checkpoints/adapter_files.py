@@ -39,7 +39,7 @@ from sdv_jax.checkpoints.adapter_reading import (
 from sdv_jax.checkpoints.families import family_of_module
 from sdv_jax.checkpoints.rules.table import Rules
 from sdv_jax.checkpoints.safetensors_io import Output, listing, write_file, write_json
-from sdv_jax.errors import UserError
+from sdv_jax.errors import NotWritten, UserError
 from sdv_jax.models.contract import check_reference
 from sdv_jax.nn.linear import LoRA
 
@@ -138,7 +138,7 @@ def save(model: nnx.Module, path: str | os.PathLike, *, targets: Sequence[str] =
     """Writes the adapter of `model` as a folder: weights in diffusers' layout, and `adapter.json`, written last.
 
     The keywords are those of `AdapterInfo`. Files of an earlier adapter in the folder are replaced. Raises UserError if
-    the model has none, or it holds NaN.
+    the model has none, or it holds NaN; NotWritten if the disk does not take it.
     """
     names, folder = LayerNames.of_model(model), Path(path)
     check_reference(reference, str(folder))
@@ -154,7 +154,7 @@ def save(model: nnx.Module, path: str | os.PathLike, *, targets: Sequence[str] =
         _write(folder / WEIGHTS, arrays, names, "diffusers", where=str(folder))
         write_json(folder / INFO, {"format_version": FORMAT_VERSION} | dataclasses.asdict(info))
     except OSError as error:
-        raise UserError(f"{folder}: cannot write the adapter ({error.strerror})") from error
+        raise NotWritten(f"{folder}: cannot write the adapter ({error.strerror})") from error
 
 
 def export(adapter: str | os.PathLike, out: str | os.PathLike, *, format: str = "diffusers",
@@ -188,7 +188,7 @@ def export(adapter: str | os.PathLike, out: str | os.PathLike, *, format: str = 
         for path in beside:
             write_json(path, config)
     except OSError as error:
-        raise UserError(f"{out}: cannot write the adapter ({error.strerror})") from error
+        raise NotWritten(f"{out}: cannot write the adapter ({error.strerror})") from error
 
 
 # MARK: between file and model

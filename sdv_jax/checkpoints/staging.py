@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sdv_jax.errors import UserError
+from sdv_jax.errors import NotWritten, UserError
 
 _SLACK = 64 * 2**20  # json files, tokenizer, file system overhead
 
@@ -26,8 +26,8 @@ def staged(destination: Path, *, needed: int) -> Iterator[Path]:
     not.
 
     What a killed process left behind is removed by the next one; while a process lives, nobody else can write here.
-    Raises UserError if `destination` exists, its parent cannot be written, or the disk has less than `needed` bytes
-    free.
+    Raises UserError if `destination` exists, NotWritten if its parent cannot be written or the disk has less than
+    `needed` bytes free.
     """
     destination = check_absent(destination)
     partial = destination.with_name(f".{destination.name}.partial")
@@ -35,7 +35,7 @@ def staged(destination: Path, *, needed: int) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"{destination.parent}: cannot write here ({error.strerror})") from None
+        raise NotWritten(f"{destination.parent}: cannot write here ({error.strerror})") from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,12 +46,12 @@ def staged(destination: Path, *, needed: int) -> Iterator[Path]:
             free = shutil.disk_usage(destination.parent).free
             if free < needed + _SLACK:
                 wanted = _gigabytes(needed + _SLACK)
-                raise UserError(f"{destination.parent}: not enough disk: {wanted} needed, {_gigabytes(free)} free")
+                raise NotWritten(f"{destination.parent}: not enough disk: {wanted} needed, {_gigabytes(free)} free")
             yield partial
             os.sync()  # what the new name stands for must not be lost in a crash that the name survives
             os.rename(partial, destination)
         except OSError as error:
-            raise UserError(f"{destination}: writing failed ({error.strerror or error})") from error
+            raise NotWritten(f"{destination}: writing failed ({error.strerror or error})") from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     finally:

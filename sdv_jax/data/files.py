@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sdv_jax.errors import UserError
+from sdv_jax.errors import NotWritten, UserError
 
 _LONGEST_NAME = 255  # bytes, of every common file system
 
@@ -53,20 +53,20 @@ def replacing(path: str | os.PathLike, *, what: str) -> Iterator[pathlib.Path]:
     """A temporary file beside `path`, with the same suffix, that becomes `path` when the block ends without an error.
 
     On an error the temporary file is removed and an older file at `path` stays as it was. An OSError (disk full, no
-    permission) becomes a UserError.
+    permission) becomes a NotWritten.
     """
     path = check_writable(path, what=what)
     try:
         handle, name = tempfile.mkstemp(prefix=".writing.", suffix=path.suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise UserError(f"{what} {path} cannot be written: {error.strerror}") from error
+        raise NotWritten(f"{what} {path} cannot be written: {error.strerror}") from error
     try:
         yield pathlib.Path(name)
         os.chmod(name, 0o666 & ~_umask())  # mkstemp makes private files; this one replaces an ordinary one
         os.replace(name, path)
     except OSError as error:
-        raise UserError(f"{what} {path} cannot be written: {error.strerror or error}") from error
+        raise NotWritten(f"{what} {path} cannot be written: {error.strerror or error}") from error
     finally:
         pathlib.Path(name).unlink(missing_ok=True)
 

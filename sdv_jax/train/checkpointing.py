@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from sdv_jax.errors import UserError, one_line
+from sdv_jax.errors import NotWritten, UserError, one_line
 from sdv_jax.train.state import TrainState, Tree
 
 _ITEMS = ("state", "run")
@@ -34,7 +34,7 @@ class Checkpoints:
     """The checkpoints of one run, named by the number of steps done: the newest `keep`, and every `keep_every`-th step.
 
     A checkpoint is there completely or not at all, whatever interrupts its writing. All processes call every method.
-    `save` and `close` raise UserError when one cannot be written; those before it stay.
+    `save` and `close` raise NotWritten when one cannot be written; those before it stay.
     """
 
     def __init__(self, folder: Path, origin: Origin, *, keep: int = 1, keep_every: int = 0):
@@ -109,7 +109,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # of the thread that wrote the one before, too
-            raise UserError(
+            raise NotWritten(
                 f"a checkpoint in {self.folder} cannot be written ({one_line(error)}); make room or check the place: "
                 "the same command goes on from the newest checkpoint there is"
             ) from error

@@ -59,9 +59,9 @@ def run(
     `stop_after` ends the run early, after that many steps in all, with a checkpoint. `data` and `model` replace what
     the config names. SIGTERM and SIGINT, to any process, end the run after the step at hand (with several processes at
     most two later, the same for all), with a checkpoint; `Result.finished` is then False. Before the first step they
-    raise `processes.Stopped`. Raises UserError for a wrong config, data that do not fit, a workdir of another run, a
-    loss that is not finite, and a checkpoint that cannot be written. That other processes live is watched from outside,
-    by a `Heartbeat`.
+    raise `processes.Stopped`. Raises UserError for a wrong config, data that do not fit, a workdir of another run, and
+    a loss that is not finite; NotWritten for a checkpoint or an adapter that cannot be written. That other processes
+    live is watched from outside, by a `Heartbeat`.
     """
     workdir = make_folder(workdir, what="workdir")
     devices = Devices.of(config.mesh)

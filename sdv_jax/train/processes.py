@@ -17,6 +17,7 @@ from orbax.checkpoint import multihost
 from sdv_jax.errors import UserError, one_line
 from sdv_jax.train.heartbeat import explain_aborts
 
+IO_ERROR = 74  # exit status: the disk did not take or give a file; the same command goes on (sysexits' IOERR)
 PREEMPTED = 75  # exit status: stopped by a signal after a checkpoint; the same command goes on (sysexits' TEMPFAIL)
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _DAY = 24 * 3600 * 1000  # milliseconds

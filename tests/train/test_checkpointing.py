@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from sdv_jax.errors import UserError
+from sdv_jax.errors import NotWritten, UserError
 from sdv_jax.train import loop, setup, state, step
 from tests.train import tiny
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_those_before_stay(w
         raise ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device\n[more]")
 
     monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-    with pytest.raises(UserError, match="cannot be written .RESOURCE_EXHAUSTED: .*; make room") as error:
+    with pytest.raises(NotWritten, match="cannot be written .RESOURCE_EXHAUSTED: .*; make room") as error:
         _run(workdir, **{"train.steps": 8})
     assert "\n" not in str(error.value)
     monkeypatch.undo()
