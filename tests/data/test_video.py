@@ -7,7 +7,7 @@ from PIL import Image
 
 from sdv_jax.data import video as video_module
 from sdv_jax.data.video import read_video, to_uint8, write_contact_sheet, write_video
-from sdv_jax.errors import UserError
+from sdv_jax.errors import NotWritten, UserError
 
 
 def smooth(frames=5, height=48, width=64):
@@ -48,7 +48,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(video_module.np, "ascontiguousarray", broken)
-    with pytest.raises(UserError, match="cannot be written: No space left on device"):
+    with pytest.raises(NotWritten, match="cannot be written: No space left on device"):
         write_video(tmp_path / "a.mp4", smooth(), fps=8)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"] and (tmp_path / "a.mp4").read_bytes() == before
 

@@ -1,13 +1,15 @@
 """What a finished run leaves for other tools: `train.export`, with one process and with two."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from sdv_jax.adapters import lora
-from sdv_jax.checkpoints import adapter_files
-from sdv_jax.errors import UserError
+from sdv_jax.checkpoints import adapter_files, staging
+from sdv_jax.errors import NotWritten, UserError
 from sdv_jax.train import config as configs
 from sdv_jax.train import loop, record, setup
 from tests.train import tiny, tiny_wan, torture
@@ -84,6 +86,15 @@ def test_files_of_an_earlier_end_are_replaced_or_gone(trained, tmp_path):
     assert file.read_bytes() != before
     save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.json", FILES["diffusers"]]
+
+
+def test_an_adapter_that_the_disk_does_not_take_is_no_wrong_input(trained, tmp_path, monkeypatch):
+    save, _ = trained
+    with pytest.raises(NotWritten, match="/proc/run: cannot write the adapter"):
+        save(Path("/proc/run"))
+    monkeypatch.setattr(staging, "_SLACK", 1 << 60)
+    with pytest.raises(NotWritten, match="not enough disk"):
+        save(tmp_path, "peft")
 
 
 def test_what_may_be_asked_for():
