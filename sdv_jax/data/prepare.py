@@ -223,7 +223,7 @@ def _quiet_tokenizer() -> Iterator[None]:
 
 def _do(job: Job, process: tuple[int, int], progress: bool) -> tuple[dict[int, Unit], int]:
     """(all units that are finished then, number of records made): does what is left for this process to do."""
-    finished = job.finished()
+    finished = _undamaged(job, job.finished(), process, progress)
     _judge(job, finished)
     mine = [unit for unit in range(job.units) if unit % process[1] == process[0] and unit not in finished]
     known = {unit.empty_text for unit in finished.values()}
@@ -235,6 +235,15 @@ def _do(job: Job, process: tuple[int, int], progress: bool) -> tuple[dict[int, U
     if len(finished) == job.units:
         _describe(job, finished)
     return finished, encoded
+
+
+def _undamaged(job: Job, finished: Mapping[int, Unit], process: tuple[int, int], progress: bool) -> dict[int, Unit]:
+    """`finished` without the units of this process whose records are not what was written."""
+    whole, mine = dict(finished), [number for number in finished if number % process[1] == process[0]]
+    for number in tqdm(mine, unit="unit", desc="checking what is there", disable=not progress, delay=3):
+        if not units.is_whole(job.folder, finished[number], units=job.units):
+            del whole[number]
+    return whole
 
 
 def _encode_units(job: Job, mine: Sequence[int], finished: Mapping[int, Unit], progress: bool) -> int:

@@ -100,8 +100,13 @@ def read(folder: Path, number: int, *, units: int, settings: str) -> Unit | None
         ) from error
     if unit.number != number or unit.settings != settings:
         raise UserError(f"{path} was made with other settings or of other data; remove it, or use another output.path")
-    whole = all(records.is_whole(folder, name, shard, units) for name, shard in unit.shards.items())
-    return unit if whole else None
+    there = all(records.is_there(folder, name, shard, units) for name, shard in unit.shards.items())
+    return unit if there else None
+
+
+def is_whole(folder: Path, unit: Unit, *, units: int) -> bool:
+    """Whether the records of a finished unit are what was written; reads all of them."""
+    return all(records.is_whole(folder, name, shard, units) for name, shard in unit.shards.items())
 
 
 def reasons(items: Iterable[RejectedItem]) -> dict[str, int]:

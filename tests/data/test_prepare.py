@@ -447,6 +447,22 @@ def test_whatever_file_is_damaged_loading_tells_it_or_the_same_command_mends_it(
             shutil.rmtree(copy)
 
 
+def test_a_changed_byte_of_a_finished_set_is_mended_by_the_same_command(tmp_path, quick, model, source):
+    config = sets.config(model, source, tmp_path / "out")
+    prepare.prepare(config, progress=False)
+    whole, fingerprint = everything(tmp_path / "out"), records.load(tmp_path / "out").fingerprint
+    file = sorted((tmp_path / "out").rglob("train.*"))[1]
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match=f"is damaged, in {file} .*; prepare it again") as error:
+        everything(tmp_path / "out")
+    assert line(error)
+    assert prepare.prepare(config, process=(0, 2), progress=False).encoded == 0, "its unit is another process's"
+    assert prepare.prepare(config, process=(1, 2), progress=False).encoded == 2, "one unit of two items"
+    assert everything(tmp_path / "out") == whole and records.load(tmp_path / "out").fingerprint == fingerprint
+
+
 def mend(config, file, whole):
     """Runs the same command on a damaged folder: it mends it, or says in one line what to remove."""
     copy = Path(config.output.path)
