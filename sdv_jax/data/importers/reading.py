@@ -99,13 +99,13 @@ def walk(root: Path) -> Iterator[str]:
     """Paths from `root` of the files in it and in the folders below; nothing hidden.
 
     Links to folders are followed. A folder that can be reached twice comes once, under its own path rather than a
-    link's, so that links to each other end.
+    link's, so that links to each other end. Raises UserError for a folder that cannot be read.
     """
     seen, waiting = set(), [str(root)]
     while waiting:
         links = []
         for start in waiting:
-            for place, folders, names in os.walk(start):
+            for place, folders, names in os.walk(start, onerror=_unreadable):
                 real = os.path.realpath(place)
                 if real in seen:
                     folders.clear()
@@ -116,6 +116,13 @@ def walk(root: Path) -> Iterator[str]:
                 shown = sorted(name for name in names if not name.startswith("."))
                 yield from (os.path.relpath(os.path.join(place, name), root) for name in shown)
         waiting = links
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(
+        f"folder {error.filename} cannot be read ({error.strerror}): its files would be missing; make it readable, or "
+        "move it out of the set"
+    ) from error
 
 
 def path_key(root: Path, name: str) -> str:

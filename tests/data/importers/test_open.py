@@ -1,5 +1,6 @@
 """Opening a set: formats, options, and what all importers have in common."""
 
+import errno
 import os
 import pickle
 
@@ -61,6 +62,20 @@ def test_what_every_importer_does(sets, format):
     assert [again[index] for index in range(len(again))] == items
     assert open_source(format, str(sets[format]))[1] == items[1]
     assert importer.about and all(isinstance(value, (str, int, float)) for value in importer.about.values())
+
+
+@pytest.mark.parametrize(("format", "options"), [("folder", {}), ("pexels", {}), ("pexels", {"present_only": True})])
+def test_a_folder_within_that_cannot_be_read(sets, monkeypatch, format, options):
+    video(sets[format] / "videos/closed/3.mp4")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    refused("videos/closed cannot be read (Permission denied): its files", format, sets[format], **options)
 
 
 @pytest.mark.parametrize("format", FORMATS)
