@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from sdv_jax.checkpoints import model_folder
 from sdv_jax.data import encoding, importers, page, records, samples, units
 from sdv_jax.data.decode import Size
+from sdv_jax.data.duplicates import Duplicates
 from sdv_jax.data.encoding import Encoders
 from sdv_jax.data.files import make_folder
 from sdv_jax.data.images import silence_pillow
@@ -68,7 +70,7 @@ class Job:
     config: Config
     folder: Path
     importer: Importer
-    duplicates: Mapping[int, int]
+    duplicates: Duplicates
     traits: Traits
     recipe: Recipe
     settings: str
@@ -159,7 +161,8 @@ def _open(config: Config) -> Job:
     settings = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     make_folder(folder / units.FOLDER, what="prepared data")
     make_folder(folder / page.THUMBNAILS, what="thumbnails")
-    return Job(config, folder, importer, _duplicates(keys), about.traits, recipe, settings)
+    duplicates = Duplicates(keys, partial(_usable, importer, recipe))
+    return Job(config, folder, importer, duplicates, about.traits, recipe, settings)
 
 
 def _agree(folder: Path, state: Mapping) -> None:
@@ -180,15 +183,6 @@ def _agree(folder: Path, state: Mapping) -> None:
     if changed:
         told = "; ".join(f"{key} was {before.get(key)!r}, is {state.get(key)!r}" for key in changed)
         raise UserError(f"{folder} was begun with other settings: {told}; restore them, or use another output.path")
-
-
-def _duplicates(keys: Sequence[str]) -> dict[int, int]:
-    """Items whose key an earlier item has, and that one."""
-    first, found = {}, {}
-    for index, key in enumerate(keys):
-        if first.setdefault(key, index) != index:
-            found[index] = first[key]
-    return found
 
 
 def _judge(job: Job, finished: Mapping[int, Unit]) -> None:
@@ -297,12 +291,20 @@ class _Decoder:
 
 def _outcome(job: Job, index: int) -> Sample | RejectedItem:
     key = job.importer.key(index)
-    if index in job.duplicates:
-        return RejectedItem(key, "duplicate key", f"item {index} has the key of item {job.duplicates[index]}")
+    if (other := job.duplicates.earlier(index)) is not None:
+        return RejectedItem(key, "duplicate key", f"item {index} has the key of item {other}")
     try:
         return samples.read(job.importer, index, job.recipe)
     except Rejected as rejected:
         return RejectedItem(key, rejected.reason, rejected.detail)
+
+
+def _usable(importer: Importer, recipe: Recipe, index: int) -> bool:
+    try:
+        samples.read(importer, index, recipe)
+    except Rejected:
+        return False
+    return True
 
 
 class _Work:

@@ -357,6 +357,23 @@ def test_a_key_that_is_there_twice_counts_once(tmp_path, quick, model, source, m
     assert [key for _, key, _ in everything(tmp_path / "out")] == ["a", "b", "c", "d"]
 
 
+def test_of_items_with_one_key_the_first_that_can_be_used_counts(tmp_path, quick, model, source, monkeypatch):
+    mine = tmp_path / "source"
+    shutil.copytree(source, mine)
+    (mine / "clip00.txt").unlink()
+    (mine / "clip02.mp4").write_bytes(b"no video")
+    monkeypatch.setattr(folder.Importer, "key", lambda _, index: "abacaabef"[index])
+    config = sets.config(model, mine, tmp_path / "out", rejected__most=0.9)
+    for process in (1, 0):  # each finds out on its own
+        prepare.prepare(config, process=(process, 2), progress=False)
+    told = [json.loads(row) for row in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [(item["key"], item["reason"]) for item in told[:4]] == [
+        ("a", "no caption"), ("a", "unreadable video"), ("a", "duplicate key"), ("b", "duplicate key"),
+    ]  # fmt: skip
+    assert [item["detail"] for item in told[2:4]] == ["item 5 has the key of item 4", "item 6 has the key of item 1"]
+    assert [key for _, key, _ in everything(tmp_path / "out")] == ["b", "c", "a"]
+
+
 def test_too_many_bad_items_stop_the_run_and_a_higher_limit_goes_on(tmp_path, quick, model):
     source = sets.make(tmp_path / "source", good=4, bad=6)
     config = sets.config(model, source, tmp_path / "out", rejected__most=0.3)

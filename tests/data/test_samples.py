@@ -3,6 +3,7 @@ import errno
 import io
 import pickle
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def clip_item(path, frames, *, fps=8, key="a", **size):
 
 def picture_item(path, key="a", height=40, width=64, references=(), **save):
     Image.fromarray(sets.moving(1, 1, height=height, width=width)[0]).save(path, **save)
-    return Item(key, "a ball", Picture(path), references=references)
+    return Item(key, "a ball", Picture(path), views=partial(tuple, references))
 
 
 def read(item, recipe=RECIPE):
@@ -129,11 +130,11 @@ def test_views_are_cropped_in_turn(tmp_path):
     item = picture_item(tmp_path / "a.png", references=tuple(map(Picture, paths)))
     found = read(item, recipe(references="views", crops=4))
     assert [round(float(view.mean())) for view in found.references] == [40, 120, 200, 40]
-    clip = dataclasses.replace(clip_item(tmp_path / "a.mp4", 9), references=item.references)
+    clip = dataclasses.replace(clip_item(tmp_path / "a.mp4", 9), views=item.views)
     found = read(clip, recipe(references="views", crops=2))
     assert found.target.shape[0] == 9 and [round(float(v.mean())) for v in found.references] == [40, 120]
     with pytest.raises(Rejected, match="no other view"):
-        read(dataclasses.replace(item, references=()), recipe(references="views"))
+        read(dataclasses.replace(item, views=tuple), recipe(references="views"))
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 5])
@@ -148,13 +149,23 @@ def test_a_view_that_cannot_be_read_is_left_out_as_if_it_were_not_there(tmp_path
     views.insert(place, bad)
     for crops in (1, 4, 7):
         expected = read(whole, recipe(references="views", crops=crops))
-        found = read(dataclasses.replace(whole, references=tuple(views)), recipe(references="views", crops=crops))
+        found = read(dataclasses.replace(whole, views=lambda: tuple(views)), recipe(references="views", crops=crops))
         np.testing.assert_array_equal(found.references, expected.references)
         assert not expected.left_out and len(found.left_out) == (place < crops)
         for reason, detail in found.left_out:
             assert reason == "unreadable picture" and "bad.png is not an image" in detail
     with pytest.raises(Rejected, match="unreadable picture: .*bad.png is not an image"):
-        read(dataclasses.replace(whole, references=(bad, bad, bad)), recipe(references="views"))
+        read(dataclasses.replace(whole, views=lambda: (bad, bad, bad)), recipe(references="views"))
+
+
+def test_references_are_looked_for_only_where_they_are_wanted(tmp_path):
+    def none():
+        raise Rejected("file missing", "view.png")
+
+    item = dataclasses.replace(clip_item(tmp_path / "a.mp4", 9), views=none)
+    assert read(item).references.shape[0] == 3
+    with pytest.raises(Rejected, match="view.png"):
+        read(item, recipe(references="views"))
 
 
 class Unforeseen(Items):

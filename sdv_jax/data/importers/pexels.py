@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 
 from sdv_jax.data.importers.item import Clip, Item, Rejected
 from sdv_jax.data.importers.parquet import ANYTHING, NUMBERS, TEXTS, ParquetRows
-from sdv_jax.data.importers.reading import caption, check_folder, checked, kind_of, repeated, walk
+from sdv_jax.data.importers.reading import caption, check_folder, checked, kind_of, walk
 from sdv_jax.errors import UserError
 
 _COLUMNS = {"title": TEXTS, "video": TEXTS, "duration": ANYTHING}  # durations need be numbers only to choose by them
@@ -47,7 +47,6 @@ class Importer:
         self._files = _files_by_name(check_folder(self._folder, what="Pexels-400k videos"))
         self._addresses = self._rows.column("video", TEXTS).to_pylist()
         self._chosen = self._choose(options)
-        self._repeated = repeated(self.key(index) for index in range(len(self)))
         self.about = {"rows": len(self._rows), "chosen": len(self._chosen), "files": len(self._files)}
 
     def __len__(self) -> int:
@@ -65,8 +64,6 @@ class Importer:
         where = f"{file} row {number}"
         if not address:
             raise Rejected("no file", f"{where}: the address is null")
-        if index in self._repeated:
-            raise Rejected("duplicate key", f"{where}: {self.key(index)} was there before")
         if not _name(address):
             raise Rejected("no file", f"{where}: the address {address} names none")
         found = self._file(address)

@@ -84,7 +84,7 @@ class Importer:
         views = [Picture(content, box) for box in _views(content, self._options, where)]
         return checked(
             Item(
-                key=self.key(index), caption=text, target=views[direction], references=(views[1 - direction],),
+                key=self.key(index), caption=text, target=views[direction], views=lambda: (views[1 - direction],),
                 provenance={
                     "set": "Subjects200K", "file": file.name, "row": number,
                     "collection": record["collection"] or "", "view": ("left", "right")[direction],
