@@ -227,7 +227,7 @@ class _Letters:
     def __call__(self, captions: list[str]) -> np.ndarray:
         return np.repeat(self._text[None], len(captions), axis=0)
 
-    def fills(self, captions: list[str]) -> int:
+    def cuts(self, captions: list[str]) -> int:
         return 0
 
 

@@ -121,7 +121,7 @@ def _tiles(about: Mapping[str, Any], kept: int) -> str:
         "set aside": f"{100 * (about['items'] - kept) / about['items']:.1f} %",
         "of video": _time(about["seconds_of_video"]),
         "samples per second and process": f"{rate:.2f}",
-        "captions cut to the text length": f"{about['captions_of_full_length']:,}",
+        "captions cut to the text length": f"{about['captions_cut']:,}",
     }
     shown = "".join(_tile(name, told) for name, told in tiles.items() if told not in ("0", "0.0 s"))
     return f'<div class="tiles">{shown}</div>'

@@ -319,7 +319,7 @@ class _Work:
         self._left_out: list[RejectedItem] = []
         self._thumbnails: list[Thumbnail] = []
         self._durations: list[float] = []
-        self._filled = 0
+        self._cut = 0
 
     def run(self, decoded: Iterator[tuple[int, Sample | RejectedItem]], bar: tqdm) -> Unit:
         """Takes the unit's items from `decoded`, writes its records and says that it is finished."""
@@ -340,7 +340,7 @@ class _Work:
         unit = Unit(
             self._unit, job.settings, len(items), {name: tuple(self._keys[name]) for name in shards}, shards,
             tuple(self._rejected), tuple(self._thumbnails), tuple(self._durations),
-            records.empty_text_sum(job.folder), self._filled, time.perf_counter() - start,
+            records.empty_text_sum(job.folder), self._cut, time.perf_counter() - start,
             tuple(self._left_out),
         )  # fmt: skip
         units.write(job.folder, unit)
@@ -374,7 +374,7 @@ class _Work:
         reference_mean, reference_logvar = (moment.reshape(len(found), -1, *moment.shape[2:]) for moment in views)
         captions = [sample.caption for sample in found]
         text = self._encoders.text(captions)
-        self._filled += self._encoders.text.fills(captions)
+        self._cut += self._encoders.text.cuts(captions)
         arrays = dict(
             mean=mean, logvar=logvar, reference_mean=reference_mean, reference_logvar=reference_logvar, text=text
         )
@@ -419,7 +419,7 @@ def _describe(job: Job, finished: Mapping[int, Unit]) -> None:
         "rejected": units.reasons(item for unit in done for item in unit.rejected),
         "references_left_out": units.reasons(item for unit in done for item in unit.left_out),
         "seconds_of_video": round(math.fsum(second for unit in done for second in unit.durations), 3),
-        "captions_of_full_length": sum(unit.filled_captions for unit in done),
+        "captions_cut": sum(unit.cut_captions for unit in done),
         "seconds_of_work": round(math.fsum(unit.seconds for unit in done), 3),
     }
     page.write(job.folder, about, done)

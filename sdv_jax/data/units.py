@@ -46,7 +46,7 @@ class Unit:
       shards: of the buckets that got a record.
       durations: of the source clips, in seconds.
       empty_text: SHA-256 of the empty prompt's file.
-      filled_captions: how many took the whole text length, and were cut where they are longer.
+      cut_captions: how many were longer than the text length.
       seconds: how long it took.
       left_out: other views that could not be read, of items that had more; each with its item's key.
     """
@@ -60,7 +60,7 @@ class Unit:
     thumbnails: tuple[Thumbnail, ...]
     durations: tuple[float, ...]
     empty_text: str
-    filled_captions: int
+    cut_captions: int
     seconds: float
     left_out: tuple[RejectedItem, ...] = ()
 
@@ -88,7 +88,7 @@ def read(folder: Path, number: int, *, units: int, settings: str) -> Unit | None
             thumbnails=tuple(Thumbnail(**item) for item in told["thumbnails"]),
             durations=tuple(map(float, told["durations"])),
             empty_text=str(told["empty_text"]),
-            filled_captions=int(told["filled_captions"]),
+            cut_captions=int(told["cut_captions"]),
             seconds=float(told["seconds"]),
             left_out=tuple(RejectedItem(**item) for item in told.get("left_out", ())),
         )

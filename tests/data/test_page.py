@@ -60,7 +60,7 @@ def made(folder, *samples, rejected=(), left_out=(), durations=(2.5,), views=Fal
         "items": len(samples) + len(rejected), "records_per_bucket": counts,
         "rejected": {r.reason: 1 for r in rejected},
         "references_left_out": {r.reason: 1 for r in left_out}, "seconds_of_video": sum(durations),
-        "captions_of_full_length": 1, "seconds_of_work": 2.0,
+        "captions_cut": 1, "seconds_of_work": 2.0,
     }  # fmt: skip
     page.write(folder, about, [unit])
     text = (folder / "index.html").read_text("utf-8")

@@ -106,8 +106,8 @@ class Importer:
 
 
 class _Files:
-    """The videos in a folder, found for an address. A caption beside another clip is worse than no clip: a name that
-    several clips have tells one only in a folder of its number, and a number one only where the file's name is nobody's.
+    """The videos in a folder, found for an address. A caption beside another clip is worse than no clip: of a name that
+    several clips have, the folder tells whose it is, and a number counts only in a name that is no address's.
     """
 
     def __init__(self, folder: Path, addresses: Iterable[str | None]):
