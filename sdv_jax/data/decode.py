@@ -7,7 +7,7 @@ long the file is. A clip is decoded by one thread: decode several at once to use
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
 
@@ -76,6 +76,20 @@ def probe(clip: Clip) -> Probe:
     if duration > _LONGEST:
         raise Rejected("damaged video", f"{clip.path} says that it lasts {float(duration):.0f} s")
     return Probe(len(part), float(len(part) / duration), height, max(1, round(width * first.aspect)), float(duration))
+
+
+def frames_in(seconds: float | Fraction, fps: float) -> int:
+    """How many frames, `1 / fps` seconds apart, a clip of this length gives."""
+    return math.ceil(seconds * fps - 1e-6)
+
+
+def window(clip: Clip, frames: int, *, fps: float | None, share: float) -> Clip:
+    """The part of a clip that begins `share`, in [0, 1), of the way to the last place that leaves `frames` frames."""
+    times, first = streams.frame_times(clip.path)
+    part, following = times[clip.start : clip.end], clip.start + len(times[clip.start : clip.end])
+    stop = times[following] if following < len(times) else times[-1] + first.duration
+    places = len(part) - frames + 1 if fps is None else sum(frames_in(stop - t, fps) >= frames for t in part)
+    return replace(clip, start=clip.start + int(share * max(1, places)))
 
 
 def read_clip(clip: Clip, size: Size, *, fps: float | None) -> UInt8[np.ndarray, "t h w 3"]:

@@ -319,6 +319,7 @@ class _Work:
         self._left_out: list[RejectedItem] = []
         self._thumbnails: list[Thumbnail] = []
         self._durations: list[float] = []
+        self._used: list[float] = []
         self._cut = 0
 
     def run(self, decoded: Iterator[tuple[int, Sample | RejectedItem]], bar: tqdm) -> Unit:
@@ -339,7 +340,7 @@ class _Work:
         shards = {name: writer.shard() for name, writer in sorted(self._writers.items())}
         unit = Unit(
             self._unit, job.settings, len(items), {name: tuple(self._keys[name]) for name in shards}, shards,
-            tuple(self._rejected), tuple(self._thumbnails), tuple(self._durations),
+            tuple(self._rejected), tuple(self._thumbnails), tuple(self._durations), math.fsum(self._used),
             records.empty_text_sum(job.folder), self._cut, time.perf_counter() - start,
             tuple(self._left_out),
         )  # fmt: skip
@@ -352,6 +353,7 @@ class _Work:
             self._thumbnails.append(self._thumbnail(index, sample))
         if sample.size.frames > 1:
             self._durations.append(round(sample.seconds, 3))
+            self._used.append(sample.used)
         self._left_out += [RejectedItem(sample.key, *why) for why in sample.left_out]
         pending = self._pending[sample.size]
         pending.append(sample)
@@ -418,7 +420,7 @@ def _describe(job: Job, finished: Mapping[int, Unit]) -> None:
         "records_per_bucket": counts,
         "rejected": units.reasons(item for unit in done for item in unit.rejected),
         "references_left_out": units.reasons(item for unit in done for item in unit.left_out),
-        "seconds_of_video": round(math.fsum(second for unit in done for second in unit.durations), 3),
+        "seconds_of_video": round(math.fsum(unit.used for unit in done), 3),
         "captions_cut": sum(unit.cut_captions for unit in done),
         "seconds_of_work": round(math.fsum(unit.seconds for unit in done), 3),
     }

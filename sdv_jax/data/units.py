@@ -45,6 +45,7 @@ class Unit:
       keys: of the records, per bucket, in their order.
       shards: of the buckets that got a record.
       durations: of the source clips, in seconds.
+      used: seconds of them that records show.
       empty_text: SHA-256 of the empty prompt's file.
       cut_captions: how many were longer than the text length.
       seconds: how long it took.
@@ -59,6 +60,7 @@ class Unit:
     rejected: tuple[RejectedItem, ...]
     thumbnails: tuple[Thumbnail, ...]
     durations: tuple[float, ...]
+    used: float
     empty_text: str
     cut_captions: int
     seconds: float
@@ -87,6 +89,7 @@ def read(folder: Path, number: int, *, units: int, settings: str) -> Unit | None
             rejected=tuple(RejectedItem(**item) for item in told["rejected"]),
             thumbnails=tuple(Thumbnail(**item) for item in told["thumbnails"]),
             durations=tuple(map(float, told["durations"])),
+            used=float(told["used"]),
             empty_text=str(told["empty_text"]),
             cut_captions=int(told["cut_captions"]),
             seconds=float(told["seconds"]),

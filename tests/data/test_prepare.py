@@ -274,7 +274,7 @@ def test_items_that_cannot_be_used_are_set_aside_with_their_reason(tmp_path, qui
     loaded = records.load(tmp_path / "out")
     assert loaded.about["rejected"] == {"no caption": 2, "unreadable video": 2, "too short": 1}
     assert list(loaded.about["rejected"].values()) == sorted(loaded.about["rejected"].values(), reverse=True)
-    assert loaded.about["captions_cut"] == len(loaded) == 4
+    assert loaded.about["captions_cut"] == len(loaded) == 4 and loaded.about["seconds_of_video"] == 4 * 9 / 8
     long = next(b for i in range(4) if (b := loaded.buckets[0].describe(i))["key"] == "clip03.mp4")
     assert len(long["caption"]) == 9_999
 

@@ -18,7 +18,7 @@ from tests.data import clips, sets
 
 RECIPE = samples.Recipe(
     buckets=(Size(9, 32, 48), Size(5, 32, 48), Size(13, 32, 32), Size(1, 32, 48), Size(1, 48, 32)),
-    fps=8.0, references="target", frames=3, crops=4, jitter=0.1, seed=0,
+    fps=8.0, references="target", frames=3, crops=4, jitter=0.1, seed=0, window="first",
 )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def read(item, recipe=RECIPE):
 def test_a_clip_goes_where_proportions_and_frames_fit(tmp_path, frames, fps, size, expected):
     found = read(clip_item(tmp_path / "a.mp4", frames, fps=fps, height=size[0], width=size[1]))
     assert found.size == expected and found.target.shape == dataclasses.astuple(expected) + (3,)
-    assert found.seconds == pytest.approx(frames / fps)
+    assert found.seconds == pytest.approx(frames / fps) and found.used == expected.frames / 8
 
 
 def test_the_nearest_proportions_come_before_more_frames_and_size():
@@ -93,6 +93,24 @@ def test_a_clip_whose_end_is_damaged_goes_to_a_shorter_bucket(tmp_path, monkeypa
     assert read(item).size == Size(5, 32, 48)
     with pytest.raises(Rejected, match="found only now"):
         read(item, recipe(buckets=(Size(9, 32, 48),)))
+
+
+@pytest.mark.parametrize(
+    ("fps", "start", "end", "last"), [(8.0, 0, None, 31), (None, 0, None, 39), (8.0, 5, 31, 14)]
+)
+def test_a_random_window_begins_anywhere_in_the_clip(tmp_path, fps, start, end, last):
+    path = clips.write(tmp_path / "a.mp4", clips.numbered(48), fps=16)
+    step, begins = 2 if fps else 1, set()
+    for n in range(40):
+        item = Item(f"key{n}", "a", Clip(path, start, end))
+        found, again = (read(item, recipe(buckets=(Size(9, 32, 48),), fps=fps, window="random")) for _ in range(2))
+        np.testing.assert_array_equal(found.target, again.target)
+        numbers = list(clips.numbers(found.target))
+        assert numbers == list(range(numbers[0], numbers[0] + 9 * step, step))
+        begins.add(numbers[0])
+        first = read(item, recipe(buckets=(Size(9, 32, 48),), fps=fps))
+        assert list(clips.numbers(first.target))[0] == start
+    assert start <= min(begins) < start + 5 and last - 5 < max(begins) <= last
 
 
 def test_reference_frames_are_drawn_over_the_clip_without_repetition(tmp_path):
