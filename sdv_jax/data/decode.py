@@ -5,6 +5,7 @@ long the file is. A clip is decoded by one thread: decode several at once to use
 """
 
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -250,9 +251,23 @@ class _Fitter:
         return rows, columns
 
 
+class _Latest(threading.local):
+    """The picture in memory that a thread decoded last: a target and its other view may be parts of one."""
+
+    source, pixels = None, None
+
+
+_latest = _Latest()
+
+
 def _picture_pixels(picture: Picture) -> UInt8[np.ndarray, "h w 3"]:
+    if isinstance(picture.source, bytes) and picture.source is _latest.source:
+        return _latest.pixels
     with _readable(picture):
-        return read_image(picture.source, name="picture")
+        pixels = read_image(picture.source, name="picture")
+    if isinstance(picture.source, bytes):
+        _latest.source, _latest.pixels = picture.source, pixels
+    return pixels
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdv_jax.data import samples
+from sdv_jax.data import decode, samples
 from sdv_jax.data.decode import Size, read_clip, read_picture
 from sdv_jax.data.importers.item import Clip, Item, Picture, Rejected
 from sdv_jax.errors import UserError
@@ -174,6 +174,24 @@ def test_a_view_that_cannot_be_read_is_left_out_as_if_it_were_not_there(tmp_path
             assert reason == "unreadable picture" and "bad.png is not an image" in detail
     with pytest.raises(Rejected, match="unreadable picture: .*bad.png is not an image"):
         read(dataclasses.replace(whole, views=lambda: (bad, bad, bad)), recipe(references="views"))
+
+
+def test_two_views_in_one_picture_are_decoded_once(tmp_path, monkeypatch):
+    file = io.BytesIO()
+    Image.fromarray(sets.moving(0, 1, width=96)[0]).save(file, "PNG")
+    boxes, decoded = ((0, 0, 48, 32), (48, 0, 96, 32)), []
+
+    def item(content):
+        left, right = (Picture(content(), box=box) for box in boxes)
+        return Item("a", "a ball", left, views=lambda: (right,))
+
+    apart = read(item(lambda: bytes(bytearray(file.getvalue()))), recipe(references="views"))
+    whole, read_image = file.getvalue(), decode.read_image
+    monkeypatch.setattr(decode, "read_image", lambda *a, **k: decoded.append(a) or read_image(*a, **k))
+    found = read(item(lambda: whole), recipe(references="views"))
+    np.testing.assert_array_equal(found.target, apart.target)
+    np.testing.assert_array_equal(found.references, apart.references)
+    assert len(decoded) == 1
 
 
 def test_references_are_looked_for_only_where_they_are_wanted(tmp_path):

@@ -124,9 +124,11 @@ class Importer:
         """Those of the usual columns that are there, or the one that is named."""
         present = [name for name in ([named] if named else usual) if name in columns]
         if not present:
+            near = [name for name in columns if str(name).lower() in ([named.lower()] if named else usual)]
+            hint = f"; write {near[0]} as {near[0].lower()}, or name it by the option" if near and not named else ""
             raise UserError(
                 f"table {self._file} has no column {what}: expected {named or ' or '.join(usual)}, found "
-                f"{', '.join(map(str, columns)) or 'none'}"
+                f"{', '.join(map(str, columns)) or 'none'}{hint}"
             )
         return present
 
@@ -148,6 +150,8 @@ def _table_of(path: Path) -> Path:
 def _read_csv(path: Path) -> list:
     """Rows by the names of the first one; one of another length, or badly quoted, becomes a message."""
     head, *lines = _csv_lines(path) or [[]]
+    if not head and lines:
+        raise UserError(f"table {path}: its first line, which names the columns, is empty; remove the line")
     if isinstance(head, str):
         raise UserError(f"table {path} has a damaged head: {head}; repair the file")
     names = [name.strip() for name in head]
@@ -198,7 +202,12 @@ def _read_jsonl(path: Path) -> list:
 
 
 def _read_json(path: Path) -> list:
-    rows = read_json(path, what="table")
+    try:
+        rows = read_json(path, what="table")
+    except UserError as error:
+        if [isinstance(row, Mapping) for row in _read_jsonl(path)[:2]] == [True, True]:
+            raise UserError(f"table {path} holds a row in each line, which is JSON lines: name it .jsonl") from error
+        raise
     if not isinstance(rows, list):
         raise UserError(f"table {path} holds a {type(rows).__name__}; expected a list of rows")
     return [row if isinstance(row, Mapping) else "not a table of names and values" for row in rows]

@@ -212,6 +212,11 @@ def test_sets_that_are_broken(folder):
     refused("names a column twice: video, video", "metadata", folder)
     write_csv(folder, "video,prompt", "v/0.mp4", 'v/1.mp4,"A "big" dog"')
     refused("metadata.csv: none of its 2 rows can be read; the first: it has 1 fields, the", "metadata", folder)
+    write_csv(folder, "Video,Prompt", "v/0.mp4,A cat.")
+    refused("found Video, Prompt; write Video as video, or name it by the option", "metadata", folder)
+    assert open_source("metadata", folder, target="Video", caption="Prompt")[0].caption == "A cat."
+    write_csv(folder, "", "video,prompt", "v/0.mp4,A cat.")
+    refused("metadata.csv: its first line, which names the columns, is empty; remove the line", "metadata", folder)
     write_csv(folder, "video,prompt")
     refused("metadata.csv has no rows", "metadata", folder)
     (folder / "metadata.csv").write_text("")
@@ -221,6 +226,7 @@ def test_sets_that_are_broken(folder):
     (folder / "metadata.csv").unlink()
     for text, message in (('[{"video": ', "metadata.json is not JSON (line 1, column 12: Expecting value)"),
                           ('{"video": 1}', "holds a dict; expected a list of rows"), ("[" * 100000, "too deep"),
+                          ('{"video": "a"}\n{"video": "b"}\n', "holds a row in each line, which is JSON lines"),
                           (f'[{{"n": {"1" * 5000}}}]', "is not JSON (a number of thousands of digits); repair")):
         (folder / "metadata.json").write_text(text)
         refused(message, "metadata", folder)
