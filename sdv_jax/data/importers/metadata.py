@@ -84,10 +84,10 @@ class Importer:
     def key(self, index: int) -> str:
         """The target's path; with those of the references where there are any."""
         row = self._rows[index]
-        if not isinstance(row, Mapping) or not (target := _text(row.get(self._target(row)))):
+        if not isinstance(row, Mapping) or not (file := _text(row.get(self._target(row)))):
             return f"row/{index + 1}"
-        names = [target, *_names(row.get(self._reference))]
-        return plain(" + ".join(path_key(self._media, _text(name)) if _text(name) else str(name) for name in names))
+        names = [file, *_names(row.get(self._reference))]
+        return plain(" + ".join(path_key(self._media, text) if (text := _text(name)) else str(name) for name in names))
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):
