@@ -7,6 +7,10 @@ become 480x720, with four crops of themselves as references. Records are as larg
 encoders are stand-ins of its shapes that cost next to nothing, so that what is measured is everything but the model;
 one row has a real model, the small world's, on its own sizes. What is compared takes turns. Space for a few GB is
 needed while it runs; all of it is removed.
+
+Of the same files: "decode" is PyAV or Pillow and nothing else, as far into a clip as its frames lie; "read" is
+`samples.read`, which finds the bucket, chooses, scales and crops frames, and cuts the references; "prepare" is all but
+the model, records and page included. Each in as many threads as there are cores.
 """
 
 import argparse
@@ -17,12 +21,13 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
 
+import av
 import numpy as np
 from PIL import Image
 
@@ -39,6 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL_WORLD = ROOT / "models" / "small-world-cogvideox"
 GEOMETRY = dict(spatial=8, temporal=4, patch=2, channels=16, height=480, width=720, num_frames=49)
 TEXT = (226, 4096)
+FPS = 8
+SECONDS = (GEOMETRY["num_frames"] - 1) / FPS  # where the last frame of a clip lies
 
 
 def main() -> None:
@@ -67,7 +74,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict:
     for turn in range(options.repeats):
         for name, source, bucket in (("clips", clips, "49x480x720"), ("pictures", pictures, "1x480x720")):
             config = _config(source, folder / f"{name}_{turn}", bucket)
-            turns.setdefault(f"decode {name}", []).append(decode(config))
+            turns.setdefault(f"decode {name}", []).append(decode(source))
+            turns.setdefault(f"read {name}", []).append(read(config))
             turns.setdefault(f"prepare {name}", []).append(prepare_with_stand_ins(config))
     turns["prepare small world"] = [prepare_small_world(folder, turn) for turn in range(options.repeats)]
     for name, rates in load(folder, options.records, options.repeats).items():
@@ -76,6 +84,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict:
     kinds = ("clips", "pictures")
     return {
         "per_second": rates,
+        "read_to_decode": {kind: rates[f"read {kind}"] / rates[f"decode {kind}"] for kind in kinds},
         "prepare_to_decode": {kind: rates[f"prepare {kind}"] / rates[f"decode {kind}"] for kind in kinds},
         "load_to_bare_read": rates["load records"] / rates["bare read"],
         "load_to_array_record": rates["load records"] / rates["ArrayRecord alone"],
@@ -90,27 +99,26 @@ def measure(folder: Path, options: argparse.Namespace) -> dict:
 def table(report: dict) -> str:
     """The report for people."""
     rates, megabytes = report["per_second"], report["record_bytes"] / 1e6
-    shares = {"prepare clips": report["prepare_to_decode"]["clips"],
-              "prepare pictures": report["prepare_to_decode"]["pictures"],
-              "load records": report["load_to_array_record"]}  # fmt: skip
-    lines = [
-        f"{name:22} {rate:8.2f} /s" + (f"   {shares[name]:.2f} of the line above" if name in shares else "")
-        for name, rate in rates.items()
-    ]
+    shares = {
+        f"{step} {kind}": f"{share:.2f} of decode {kind}"
+        for step in ("read", "prepare") for kind, share in report[f"{step}_to_decode"].items()
+    } | {"load records": f"{report['load_to_array_record']:.2f} of ArrayRecord alone"}  # fmt: skip
+    lines = [f"{name:22} {rate:8.2f} /s   {shares.get(name, '')}".rstrip() for name, rate in rates.items()]
     return "\n".join([*lines, f"a record has {megabytes:.1f} MB"])
 
 
 # MARK: what is measured
 
 
-def decode(config: settings.Config) -> float:
-    """Items per second of the decoder alone, in as many threads as the preparation has."""
+def decode(folder: Path) -> float:
+    """Files per second of the decoder alone: nothing is chosen, scaled or converted."""
+    return _per_second(_decoded, [file for file in sorted(folder.iterdir()) if file.suffix != ".txt"])
+
+
+def read(config: settings.Config) -> float:
+    """Items per second to pixels of their bucket, references included."""
     importer = importers.open_source(config.source.format, config.source.path, **config.source.options)
-    recipe, start = config.recipe(), time.perf_counter()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for _ in pool.map(lambda index: samples.read(importer, index, recipe).key, range(len(importer))):
-            pass
-    return len(importer) / (time.perf_counter() - start)
+    return _per_second(lambda index: samples.read(importer, index, config.recipe()).key, range(len(importer)))
 
 
 def prepare_with_stand_ins(config: settings.Config) -> float:
@@ -135,7 +143,7 @@ def prepare_small_world(folder: Path, turn: int) -> float:
         source.mkdir()
         pool = clip_pool(World(), 0, 256)
         for i, (video, caption) in enumerate(zip(pool.video, pool.captions, strict=True)):
-            write_video(source / f"{i:04d}.mp4", video, fps=8)
+            write_video(source / f"{i:04d}.mp4", video, fps=FPS)
             (source / f"{i:04d}.txt").write_text(caption)
     size = "x".join(map(str, clip_pool(World(), 0, 1).video.shape[1:4]))
     config = _config(source, folder / f"small_world_{turn}", size, **{"work.clips": 16, "work.unit": 64})
@@ -177,6 +185,26 @@ def load(folder: Path, count: int, repeats: int) -> dict[str, list[float]]:
                     read(i)
                 turns[name].append(count / (time.perf_counter() - start))
     return turns
+
+
+def _decoded(file: Path) -> None:
+    if file.suffix == ".png":
+        with Image.open(file) as image:
+            image.load()
+        return
+    with av.open(str(file)) as container:
+        for frame in container.decode(video=0):
+            if frame.time >= SECONDS:
+                return
+
+
+def _per_second(function: Callable, arguments: Sequence) -> float:
+    """Calls per second, in as many threads as the preparation has."""
+    start = time.perf_counter()
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(function, arguments):
+            pass
+    return len(arguments) / (time.perf_counter() - start)
 
 
 # MARK: what it is measured on
@@ -227,14 +255,14 @@ class _Letters:
     def __call__(self, captions: list[str]) -> np.ndarray:
         return np.repeat(self._text[None], len(captions), axis=0)
 
-    def fills(self, captions: list[str]) -> int:
+    def cuts(self, captions: list[str]) -> int:
         return 0
 
 
 def _config(source: Path, output: Path, bucket: str, **changes) -> settings.Config:
     given = {
         "model.path": str(SMALL_WORLD), "source.format": "folder", "source.path": str(source),
-        "output.path": str(output), "samples.buckets": (bucket,), "samples.fps": 8.0, "work.unit": 64,
+        "output.path": str(output), "samples.buckets": (bucket,), "samples.fps": float(FPS), "work.unit": 64,
         "page.thumbnails": 4,
     }  # fmt: skip
     return settings.load(ROOT / "configs" / "prepare.py", given | changes)

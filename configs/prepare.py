@@ -28,8 +28,9 @@ def get_config() -> ConfigDict:
     config.samples = samples = ConfigDict()
     samples.buckets = ()  # sizes as "FRAMESxHEIGHTxWIDTH", 1 frame for pictures: ("49x480x720", "1x480x720")
     samples.fps = 0.0  # frames per second of clips; 0 = every frame of the file
+    samples.window = "first"  # of a longer clip: its first frames | random: from a frame on that is drawn for it
     samples.references = "target"  # target: frames of the clip itself | views: the set's other views of the subject
-    samples.frames = 8  # target: reference frames per clip, drawn over the whole clip without replacement; 0 = all
+    samples.frames = 8  # target: reference frames per clip, drawn over its window without replacement; 0 = all
     samples.crops = 4  # views: reference crops per item, of its views in turn; also of a picture that has none
     samples.jitter = 0.1  # share of each side that the crop of a picture may cut away, target and views (our choice)
     samples.seed = 0  # of the drawn frames and crops

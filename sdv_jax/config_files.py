@@ -191,4 +191,5 @@ def _leaves(tree: Mapping[str, Any]) -> list[str]:
 
 
 def _wrong_type(key: str, raw: Any, kind: Any) -> UserError:
-    return UserError(f"config key {key!r}: expected {kind.__name__}, found {raw!r}")
+    hint = f"; one text alone is written with a comma, ({raw!r},)" if kind is tuple and isinstance(raw, str) else ""
+    return UserError(f"config key {key!r}: expected {kind.__name__}, found {raw!r}{hint}")

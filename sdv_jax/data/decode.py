@@ -5,9 +5,10 @@ long the file is. A clip is decoded by one thread: decode several at once to use
 """
 
 import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
 
@@ -76,6 +77,20 @@ def probe(clip: Clip) -> Probe:
     if duration > _LONGEST:
         raise Rejected("damaged video", f"{clip.path} says that it lasts {float(duration):.0f} s")
     return Probe(len(part), float(len(part) / duration), height, max(1, round(width * first.aspect)), float(duration))
+
+
+def frames_in(seconds: float | Fraction, fps: float) -> int:
+    """How many frames, `1 / fps` seconds apart, a clip of this length gives."""
+    return math.ceil(seconds * fps - 1e-6)
+
+
+def window(clip: Clip, frames: int, *, fps: float | None, share: float) -> Clip:
+    """The part of a clip that begins `share`, in [0, 1), of the way to the last place that leaves `frames` frames."""
+    times, first = streams.frame_times(clip.path)
+    part, following = times[clip.start : clip.end], clip.start + len(times[clip.start : clip.end])
+    stop = times[following] if following < len(times) else times[-1] + first.duration
+    places = len(part) - frames + 1 if fps is None else sum(frames_in(stop - t, fps) >= frames for t in part)
+    return replace(clip, start=clip.start + int(share * max(1, places)))
 
 
 def read_clip(clip: Clip, size: Size, *, fps: float | None) -> UInt8[np.ndarray, "t h w 3"]:
@@ -236,9 +251,23 @@ class _Fitter:
         return rows, columns
 
 
+class _Latest(threading.local):
+    """The picture in memory that a thread decoded last: a target and its other view may be parts of one."""
+
+    source, pixels = None, None
+
+
+_latest = _Latest()
+
+
 def _picture_pixels(picture: Picture) -> UInt8[np.ndarray, "h w 3"]:
+    if isinstance(picture.source, bytes) and picture.source is _latest.source:
+        return _latest.pixels
     with _readable(picture):
-        return read_image(picture.source, name="picture")
+        pixels = read_image(picture.source, name="picture")
+    if isinstance(picture.source, bytes):
+        _latest.source, _latest.pixels = picture.source, pixels
+    return pixels
 
 
 @contextmanager

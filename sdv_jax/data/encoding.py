@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, UInt8
 from sdv_jax.checkpoints import model_folder
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import Traits
-from sdv_jax.models.text.encode import PAD, encode
+from sdv_jax.models.text.encode import encode
 from sdv_jax.models.text.tokenizer import Tokenizer
 
 Moments = tuple[Float[np.ndarray, "n t h w c"], Float[np.ndarray, "n t h w c"]]
@@ -102,12 +102,14 @@ class TextEncoder:
 
     def tokenise(self, captions: Sequence[str]) -> Int[np.ndarray, "n s"]:
         """The token ids of captions, padded to the model's text length."""
-        cleaned = [self._traits.clean_text(text) for text in captions]
-        return self._tokenizer.tokenize(cleaned, max_length=self._traits.text_length)[0]
+        return self._tokenizer.tokenize(self._cleaned(captions), max_length=self._traits.text_length)[0]
 
-    def fills(self, captions: Sequence[str]) -> int:
-        """How many of the captions take all of the model's text length, and were cut where they are longer."""
-        return int((self.tokenise(captions)[:, -1] != PAD).sum())
+    def cuts(self, captions: Sequence[str]) -> int:
+        """How many of the captions are longer than the model's text length."""
+        return sum(length > self._traits.text_length for length in self._tokenizer.lengths(self._cleaned(captions)))
+
+    def _cleaned(self, captions: Sequence[str]) -> list[str]:
+        return [self._traits.clean_text(text) for text in captions]
 
 
 @dataclasses.dataclass(frozen=True)

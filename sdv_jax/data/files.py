@@ -53,7 +53,8 @@ def replacing(path: str | os.PathLike, *, what: str) -> Iterator[pathlib.Path]:
     """A temporary file beside `path`, with the same suffix, that becomes `path` when the block ends without an error.
 
     On an error the temporary file is removed and an older file at `path` stays as it was. An OSError (disk full, no
-    permission) becomes a NotWritten.
+    permission) becomes a NotWritten. The contents are on the disk before the name is: a host that goes down leaves the
+    old file or the new one.
     """
     path = check_writable(path, what=what)
     try:
@@ -64,6 +65,8 @@ def replacing(path: str | os.PathLike, *, what: str) -> Iterator[pathlib.Path]:
     try:
         yield pathlib.Path(name)
         os.chmod(name, 0o666 & ~_umask())  # mkstemp makes private files; this one replaces an ordinary one
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(name, path)
     except OSError as error:
         raise NotWritten(f"{what} {path} cannot be written: {error.strerror or error}") from error

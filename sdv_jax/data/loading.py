@@ -7,6 +7,7 @@ on the number of hosts, of workers or of interruptions, and the position in the 
 
 import dataclasses
 import functools
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from sdv_jax.errors import UserError
 from sdv_jax.models.contract import LatentScale
 
 _HELD_OUT = 0x5D0  # part of the seed of what is held out, the same in every run
@@ -206,13 +208,39 @@ def iterate(batches: StepBatches, start: int, place: Callable, *, workers: int =
     """`place(batch)` for every step from `start` on, made ahead of time. Close the iterator when done.
 
     Rows are read by a thread, or with `workers` by that many processes; `place`, which puts a batch on the devices,
-    runs in a thread of this process.
+    runs in a thread of this process. Raises UserError when a worker was killed.
     """
     options = grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=0 if workers else _AHEAD)
     dataset = grain.MapDataset.source(batches)[start:].to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():  # grain asks absl's flags, which only absl's own programs parse
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD))
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
+        dataset = dataset.mp_prefetch(processes, worker_init_fn=_leave_signals_to_the_parent)
     dataset = dataset.map(place)
-    return iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=_AHEAD))
+    return _Batches(iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=_AHEAD)))
+
+
+class _Batches(Iterator):
+    def __init__(self, batches: grain.DatasetIterator):
+        self._batches = batches
+
+    def __next__(self):
+        try:
+            return next(self._batches)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):  # grain's words, behind which it has no type of its own
+                raise
+            raise UserError(
+                "a data worker was killed, perhaps because memory ran out; lower data.workers (0 reads in a thread), "
+                "and the same command goes on"
+            ) from error
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+def _leave_signals_to_the_parent(worker: int, workers: int) -> None:
+    """Ctrl-C and a preemption may reach every process; the parent ends a run in order and stops its workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

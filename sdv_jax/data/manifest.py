@@ -32,7 +32,7 @@ class Feature:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The records that one unit of work put into one bucket: how many, and size and SHA-256 of their file."""
+    """The records that one unit of work put into one bucket: how many, their SHA-256, and the size of their file."""
 
     unit: int
     records: int

@@ -91,7 +91,7 @@ def write(folder: Path, about: Mapping[str, Any], units: Sequence[Unit]) -> None
         _tiles(about, kept),
         '<div class="columns">',
         _section("Sizes (frames × height × width)", _bars(about["records_per_bucket"])),
-        _section("Length of the clips", _bars(_histogram([d for unit in units for d in unit.durations]))),
+        _section("Length of the source clips", _bars(_histogram([d for unit in units for d in unit.durations]))),
         "</div>",
         _section(f"Set aside: {items - kept} of {items}", _rejected(about["rejected"], rejected)),
         _section("References left out of records with others", _reasons(about["references_left_out"], left_out)),
@@ -119,9 +119,9 @@ def _tiles(about: Mapping[str, Any], kept: int) -> str:
     tiles = {
         "records": f"{kept:,}",
         "set aside": f"{100 * (about['items'] - kept) / about['items']:.1f} %",
-        "of video": _time(about["seconds_of_video"]),
+        "of video used": _time(about["seconds_of_video"]),
         "samples per second and process": f"{rate:.2f}",
-        "captions cut to the text length": f"{about['captions_of_full_length']:,}",
+        "captions cut to the text length": f"{about['captions_cut']:,}",
     }
     shown = "".join(_tile(name, told) for name, told in tiles.items() if told not in ("0", "0.0 s"))
     return f'<div class="tiles">{shown}</div>'

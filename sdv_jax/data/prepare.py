@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from sdv_jax.checkpoints import model_folder
 from sdv_jax.data import encoding, importers, page, records, samples, units
 from sdv_jax.data.decode import Size
+from sdv_jax.data.duplicates import Duplicates
 from sdv_jax.data.encoding import Encoders
 from sdv_jax.data.files import make_folder
 from sdv_jax.data.images import silence_pillow
@@ -68,7 +70,7 @@ class Job:
     config: Config
     folder: Path
     importer: Importer
-    duplicates: Mapping[int, int]
+    duplicates: Duplicates
     traits: Traits
     recipe: Recipe
     settings: str
@@ -159,7 +161,8 @@ def _open(config: Config) -> Job:
     settings = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     make_folder(folder / units.FOLDER, what="prepared data")
     make_folder(folder / page.THUMBNAILS, what="thumbnails")
-    return Job(config, folder, importer, _duplicates(keys), about.traits, recipe, settings)
+    duplicates = Duplicates(keys, partial(_usable, importer, recipe))
+    return Job(config, folder, importer, duplicates, about.traits, recipe, settings)
 
 
 def _agree(folder: Path, state: Mapping) -> None:
@@ -180,15 +183,6 @@ def _agree(folder: Path, state: Mapping) -> None:
     if changed:
         told = "; ".join(f"{key} was {before.get(key)!r}, is {state.get(key)!r}" for key in changed)
         raise UserError(f"{folder} was begun with other settings: {told}; restore them, or use another output.path")
-
-
-def _duplicates(keys: Sequence[str]) -> dict[int, int]:
-    """Items whose key an earlier item has, and that one."""
-    first, found = {}, {}
-    for index, key in enumerate(keys):
-        if first.setdefault(key, index) != index:
-            found[index] = first[key]
-    return found
 
 
 def _judge(job: Job, finished: Mapping[int, Unit]) -> None:
@@ -223,7 +217,7 @@ def _quiet_tokenizer() -> Iterator[None]:
 
 def _do(job: Job, process: tuple[int, int], progress: bool) -> tuple[dict[int, Unit], int]:
     """(all units that are finished then, number of records made): does what is left for this process to do."""
-    finished = job.finished()
+    finished = _undamaged(job, job.finished(), process, progress)
     _judge(job, finished)
     mine = [unit for unit in range(job.units) if unit % process[1] == process[0] and unit not in finished]
     known = {unit.empty_text for unit in finished.values()}
@@ -235,6 +229,15 @@ def _do(job: Job, process: tuple[int, int], progress: bool) -> tuple[dict[int, U
     if len(finished) == job.units:
         _describe(job, finished)
     return finished, encoded
+
+
+def _undamaged(job: Job, finished: Mapping[int, Unit], process: tuple[int, int], progress: bool) -> dict[int, Unit]:
+    """`finished` without the units of this process whose records are not what was written."""
+    whole, mine = dict(finished), [number for number in finished if number % process[1] == process[0]]
+    for number in tqdm(mine, unit="unit", desc="checking what is there", disable=not progress, delay=3):
+        if not units.is_whole(job.folder, finished[number], units=job.units):
+            del whole[number]
+    return whole
 
 
 def _encode_units(job: Job, mine: Sequence[int], finished: Mapping[int, Unit], progress: bool) -> int:
@@ -288,12 +291,20 @@ class _Decoder:
 
 def _outcome(job: Job, index: int) -> Sample | RejectedItem:
     key = job.importer.key(index)
-    if index in job.duplicates:
-        return RejectedItem(key, "duplicate key", f"item {index} has the key of item {job.duplicates[index]}")
+    if (other := job.duplicates.earlier(index)) is not None:
+        return RejectedItem(key, "duplicate key", f"item {index} has the key of item {other}")
     try:
         return samples.read(job.importer, index, job.recipe)
     except Rejected as rejected:
         return RejectedItem(key, rejected.reason, rejected.detail)
+
+
+def _usable(importer: Importer, recipe: Recipe, index: int) -> bool:
+    try:
+        samples.read(importer, index, recipe)
+    except Rejected:
+        return False
+    return True
 
 
 class _Work:
@@ -308,7 +319,8 @@ class _Work:
         self._left_out: list[RejectedItem] = []
         self._thumbnails: list[Thumbnail] = []
         self._durations: list[float] = []
-        self._filled = 0
+        self._used: list[float] = []
+        self._cut = 0
 
     def run(self, decoded: Iterator[tuple[int, Sample | RejectedItem]], bar: tqdm) -> Unit:
         """Takes the unit's items from `decoded`, writes its records and says that it is finished."""
@@ -328,8 +340,8 @@ class _Work:
         shards = {name: writer.shard() for name, writer in sorted(self._writers.items())}
         unit = Unit(
             self._unit, job.settings, len(items), {name: tuple(self._keys[name]) for name in shards}, shards,
-            tuple(self._rejected), tuple(self._thumbnails), tuple(self._durations),
-            records.empty_text_sum(job.folder), self._filled, time.perf_counter() - start,
+            tuple(self._rejected), tuple(self._thumbnails), tuple(self._durations), math.fsum(self._used),
+            records.empty_text_sum(job.folder), self._cut, time.perf_counter() - start,
             tuple(self._left_out),
         )  # fmt: skip
         units.write(job.folder, unit)
@@ -341,6 +353,7 @@ class _Work:
             self._thumbnails.append(self._thumbnail(index, sample))
         if sample.size.frames > 1:
             self._durations.append(round(sample.seconds, 3))
+            self._used.append(sample.used)
         self._left_out += [RejectedItem(sample.key, *why) for why in sample.left_out]
         pending = self._pending[sample.size]
         pending.append(sample)
@@ -363,7 +376,7 @@ class _Work:
         reference_mean, reference_logvar = (moment.reshape(len(found), -1, *moment.shape[2:]) for moment in views)
         captions = [sample.caption for sample in found]
         text = self._encoders.text(captions)
-        self._filled += self._encoders.text.fills(captions)
+        self._cut += self._encoders.text.cuts(captions)
         arrays = dict(
             mean=mean, logvar=logvar, reference_mean=reference_mean, reference_logvar=reference_logvar, text=text
         )
@@ -407,8 +420,8 @@ def _describe(job: Job, finished: Mapping[int, Unit]) -> None:
         "records_per_bucket": counts,
         "rejected": units.reasons(item for unit in done for item in unit.rejected),
         "references_left_out": units.reasons(item for unit in done for item in unit.left_out),
-        "seconds_of_video": round(math.fsum(second for unit in done for second in unit.durations), 3),
-        "captions_of_full_length": sum(unit.filled_captions for unit in done),
+        "seconds_of_video": round(math.fsum(unit.used for unit in done), 3),
+        "captions_cut": sum(unit.cut_captions for unit in done),
         "seconds_of_work": round(math.fsum(unit.seconds for unit in done), 3),
     }
     page.write(job.folder, about, done)

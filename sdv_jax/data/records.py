@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 import tempfile
@@ -114,15 +115,15 @@ class Bucket:
     def _damaged(self, index: int, error: Exception) -> UserError:
         if isinstance(error, UserError):
             return error
+        ends = itertools.accumulate(shard.records for shard in self.shards)
+        shard = next(shard for shard, end in zip(self.shards, ends, strict=True) if index < end)
         where = f"prepared data {self.folder}: bucket {self.name}, record {index}"
-        return UserError(f"{where} is damaged ({one_line(error, typed=True)}); {AGAIN}")
+        path = _shard_path(self.folder, self.name, shard, self.units)
+        return UserError(f"{where} is damaged, in {path} ({one_line(error, typed=True)}); {AGAIN}")
 
     @functools.cached_property
     def _source(self):
-        place = self.folder / self.name / VERSION
-        return ArrayRecordDataSource(
-            [_Part(str(place / _shard_name(s.unit, self.units)), 0, s.records, s.records) for s in self.shards]
-        )
+        return _source_of(self.folder, self.name, self.shards, self.units)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,10 +298,23 @@ def forget(folder: Path, unit: int, units: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def is_whole(folder: Path, name: str, shard: Shard, units: int) -> bool:
+def is_there(folder: Path, name: str, shard: Shard, units: int) -> bool:
     """Whether a shard's file is there, in its length."""
-    path = folder / name / VERSION / _shard_name(shard.unit, units)
+    path = _shard_path(folder, name, shard, units)
     return path.is_file() and path.stat().st_size == shard.bytes
+
+
+def is_whole(folder: Path, name: str, shard: Shard, units: int) -> bool:
+    """Whether a shard's records are what was written; reads all of them."""
+    if not is_there(folder, name, shard, units):
+        return False
+    found, source = hashlib.sha256(), _source_of(folder, name, [shard], units)
+    try:
+        for index in range(shard.records):
+            found.update(source[index])
+    except Exception:  # whatever ArrayRecord raises for damaged bytes
+        return False
+    return found.hexdigest() == shard.sha256
 
 
 def empty_text_sum(folder: Path) -> str | None:
@@ -372,6 +386,16 @@ def _serialised(arrays: Mapping[str, np.ndarray], texts: Mapping[str, str]) -> b
     }
     example = tf_example_pb2.Example(features=tf_feature_pb2.Features(feature=stored))
     return example.SerializeToString(deterministic=True)
+
+
+def _source_of(folder: Path, name: str, shards: Sequence[Shard], units: int) -> ArrayRecordDataSource:
+    return ArrayRecordDataSource(
+        [_Part(str(_shard_path(folder, name, shard, units)), 0, shard.records, shard.records) for shard in shards]
+    )
+
+
+def _shard_path(folder: Path, name: str, shard: Shard, units: int) -> Path:
+    return folder / name / VERSION / _shard_name(shard.unit, units)
 
 
 def _shard_name(unit: int, units: int) -> str:

@@ -9,11 +9,12 @@ from copy import deepcopy
 import numpy as np
 from jaxtyping import UInt8
 
-from sdv_jax.data.decode import Size, picture_size, probe, read_clip, read_crops, read_picture
+from sdv_jax.data.decode import Size, frames_in, picture_size, probe, read_clip, read_crops, read_picture, window
 from sdv_jax.data.importers.item import Clip, Importer, Item, Picture, Rejected
 from sdv_jax.errors import UserError, of_the_machine, one_line
 
 REFERENCES = ("target", "views")
+WINDOWS = ("first", "random")
 _SHORT = ("too short", "damaged video")  # for which a bucket of fewer frames may do
 
 
@@ -29,6 +30,7 @@ class Recipe:
       crops: reference images per item where they are crops: of its views in turn, or of the picture itself.
       jitter: the share of each side that a crop of a picture may cut away.
       seed: of what is drawn for an item, with its key.
+      window: which part of a clip that is longer than its bucket: "first", or one that begins at a "random" frame.
     """
 
     buckets: tuple[Size, ...]
@@ -38,6 +40,7 @@ class Recipe:
     crops: int
     jitter: float
     seed: int
+    window: str
 
     def count(self, size: Size) -> int:
         """Reference images of every record of a bucket."""
@@ -52,6 +55,7 @@ class Sample:
 
     Attributes:
       seconds: of the source, 0 for a picture.
+      used: seconds of it that the clip shows.
       left_out: (reason, detail) of each other view that cannot be read, while there are some that can.
     """
 
@@ -62,6 +66,7 @@ class Sample:
     target: UInt8[np.ndarray, "t h w 3"]
     references: UInt8[np.ndarray, "k h w 3"]
     seconds: float
+    used: float
     left_out: tuple[tuple[str, str], ...] = ()
 
 
@@ -80,7 +85,7 @@ def read(importer: Importer, index: int, recipe: Recipe) -> Sample:
     """
     try:
         item = importer[index]
-        size, target, seconds, rng = _target(item, recipe)
+        size, target, seconds, used, rng = _target(item, recipe)
         references, left_out = _references(item, recipe, size, target, rng)
     except (Rejected, UserError):
         raise
@@ -91,7 +96,7 @@ def read(importer: Importer, index: int, recipe: Recipe) -> Sample:
             told = f"item {importer.key(index)} cannot be read: {error.strerror}"
             raise UserError(f"{told}; mend that, and the same command goes on") from error
         raise Rejected("unforeseen error", one_line(error, typed=True)) from error
-    return Sample(item.key, item.caption, item.provenance, size, target, references, seconds, left_out)
+    return Sample(item.key, item.caption, item.provenance, size, target, references, seconds, used, left_out)
 
 
 def choose(
@@ -111,21 +116,26 @@ def choose(
     return sorted(able, key=rank)
 
 
-def _target(item: Item, recipe: Recipe) -> tuple[Size, UInt8[np.ndarray, "t h w 3"], float, np.random.Generator]:
-    """(bucket, pixels, seconds of the source, what goes on drawing for this item)."""
+def _target(
+    item: Item, recipe: Recipe
+) -> tuple[Size, UInt8[np.ndarray, "t h w 3"], float, float, np.random.Generator]:
+    """(bucket, pixels, seconds of the source, seconds used, what goes on drawing for this item)."""
     rng = _generator(item.key, recipe.seed)
     if isinstance(item.target, Picture):
         size = _picture_bucket(item.target, recipe.buckets)
         pixels = read_picture(item.target, height=size.height, width=size.width, jitter=recipe.jitter, rng=rng)
-        return size, pixels[None], 0.0, rng
+        return size, pixels[None], 0.0, 0.0, rng
     found = probe(item.target)
-    frames = math.ceil(found.duration * recipe.fps - 1e-6) if recipe.fps else found.frames
+    frames = frames_in(found.duration, recipe.fps) if recipe.fps else found.frames
     able = choose(recipe.buckets, frames=frames, height=found.height, width=found.width)
     if not able:
         raise _fits_none(item.target, frames, recipe)
+    share = rng.random() if recipe.window == "random" else 0.0
     for size in able:
+        clip = window(item.target, size.frames, fps=recipe.fps, share=share) if share else item.target
+        used = size.frames / (recipe.fps or found.fps)
         try:
-            return size, read_clip(item.target, size, fps=recipe.fps), found.duration, rng
+            return size, read_clip(clip, size, fps=recipe.fps), found.duration, used, rng
         except Rejected as rejected:  # a damaged end shows only now; a bucket of fewer frames may do without it
             if rejected.reason not in _SHORT or size is able[-1]:
                 raise

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdv_jax.config_files import Reader, check_choices, check_rules, value
 from sdv_jax.data.decode import Size
-from sdv_jax.data.samples import REFERENCES, Recipe
+from sdv_jax.data.samples import REFERENCES, WINDOWS, Recipe
 from sdv_jax.errors import UserError
 from sdv_jax.models.contract import Geometry
 
@@ -49,6 +49,7 @@ class Samples:
     crops: int
     jitter: float
     seed: int
+    window: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Config:
     def recipe(self) -> Recipe:
         """How samples are made."""
         s = self.samples
-        return Recipe(sizes(s.buckets), s.fps or None, s.references, s.frames, s.crops, s.jitter, s.seed)
+        return Recipe(sizes(s.buckets), s.fps or None, s.references, s.frames, s.crops, s.jitter, s.seed, s.window)
 
     def flat(self) -> dict[str, Any]:
         """All settings by dotted key."""
@@ -118,6 +119,7 @@ CHOICES = {
     "output.dtype": ("float32", "bfloat16", "float16"),
     "output.text": ("embeddings", "token_ids"),
     "samples.references": REFERENCES,
+    "samples.window": WINDOWS,
 }
 _NEEDED = {
     "model.path": "models/CogVideoX-5b",

@@ -45,8 +45,9 @@ class Unit:
       keys: of the records, per bucket, in their order.
       shards: of the buckets that got a record.
       durations: of the source clips, in seconds.
+      used: seconds of them that records show.
       empty_text: SHA-256 of the empty prompt's file.
-      filled_captions: how many took the whole text length, and were cut where they are longer.
+      cut_captions: how many were longer than the text length.
       seconds: how long it took.
       left_out: other views that could not be read, of items that had more; each with its item's key.
     """
@@ -59,8 +60,9 @@ class Unit:
     rejected: tuple[RejectedItem, ...]
     thumbnails: tuple[Thumbnail, ...]
     durations: tuple[float, ...]
+    used: float
     empty_text: str
-    filled_captions: int
+    cut_captions: int
     seconds: float
     left_out: tuple[RejectedItem, ...] = ()
 
@@ -87,8 +89,9 @@ def read(folder: Path, number: int, *, units: int, settings: str) -> Unit | None
             rejected=tuple(RejectedItem(**item) for item in told["rejected"]),
             thumbnails=tuple(Thumbnail(**item) for item in told["thumbnails"]),
             durations=tuple(map(float, told["durations"])),
+            used=float(told["used"]),
             empty_text=str(told["empty_text"]),
-            filled_captions=int(told["filled_captions"]),
+            cut_captions=int(told["cut_captions"]),
             seconds=float(told["seconds"]),
             left_out=tuple(RejectedItem(**item) for item in told.get("left_out", ())),
         )
@@ -100,8 +103,13 @@ def read(folder: Path, number: int, *, units: int, settings: str) -> Unit | None
         ) from error
     if unit.number != number or unit.settings != settings:
         raise UserError(f"{path} was made with other settings or of other data; remove it, or use another output.path")
-    whole = all(records.is_whole(folder, name, shard, units) for name, shard in unit.shards.items())
-    return unit if whole else None
+    there = all(records.is_there(folder, name, shard, units) for name, shard in unit.shards.items())
+    return unit if there else None
+
+
+def is_whole(folder: Path, unit: Unit, *, units: int) -> bool:
+    """Whether the records of a finished unit are what was written; reads all of them."""
+    return all(records.is_whole(folder, name, shard, units) for name, shard in unit.shards.items())
 
 
 def reasons(items: Iterable[RejectedItem]) -> dict[str, int]:

@@ -55,10 +55,15 @@ def _pexels(*, fetched: bool = True, **changes) -> Callable[[Path], object]:
     return make
 
 
-def _opens2v(mask=None, **changes) -> Callable[[Path], object]:
+def _null_first(folder: Path) -> None:
+    (folder / "part1.json").write_text(json.dumps({"id_none": None, "id_one": record("one")}))
+
+
+def _opens2v(mask=None, frame=3, **changes) -> Callable[[Path], object]:
     def make(folder: Path) -> None:
         video(folder / "videos/part1/one.mp4", frames=8)
         content = record("one", subjects={"cup": region(10, 6, 26, 24)}, **changes)
+        content["annotation"]["ann_frame_data"]["ann_frame_idx"] = frame
         if mask is not None:
             content["annotation"]["mask_annotation"]["3"]["1"] |= mask
         (folder / "part1.json").write_text(json.dumps({"id_one": content}))
@@ -73,6 +78,8 @@ SETS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a csv in Latin-1": ("metadata", _table("metadata.csv", "video,prompt\nv.mp4,Café\n".encode("latin-1"))),
     "a csv in UTF-16": ("metadata", _table("metadata.csv", "video,prompt\nv.mp4,A cat\n".encode("utf-16"))),
     "a csv without a head": ("metadata", _table("metadata.csv", b"v.mp4,A cat\nv.mp4,A dog\n")),
+    "a csv in capitals": ("metadata", _table("metadata.csv", b"Video,Prompt\nv.mp4,A cat\n")),
+    "a csv with an empty first line": ("metadata", _table("metadata.csv", b"\nvideo,prompt\nv.mp4,A cat\n")),
     "a csv with semicolons": ("metadata", _table("metadata.csv", b"video;prompt\nv.mp4;A cat\n")),
     "a quote that never ends": ("metadata", _table("metadata.csv", b'video,prompt\nv.mp4,"A cat\n')),
     "a quotation mark within a caption": (
@@ -86,6 +93,10 @@ SETS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a head and no rows": ("metadata", _table("metadata.csv", b"video,prompt\n")),
     "an empty csv": ("metadata", _table("metadata.csv", b"")),
     "half a json": ("metadata", _table("metadata.json", b'[{"video": "v.mp4"')),
+    "json lines in a json": (
+        "metadata",
+        _table("metadata.json", b'{"video": "v.mp4", "prompt": "A cat"}\n{"video": "v.mp4", "prompt": "A dog"}\n'),
+    ),
     "a json of one row": ("metadata", _table("metadata.json", b'{"video": "v.mp4", "prompt": "A cat"}')),
     "a row with a number of 5,000 digits": (
         "metadata",
@@ -114,6 +125,10 @@ SETS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "all descriptions null": ("subjects200k", _subjects(subject_row() | {"description": None})),
     "null pictures": ("subjects200k", _subjects(subject_row() | {"image": None})),
     "a score is null": ("subjects200k", _subjects(subject_row() | {"quality_assessment": _QUALITY})),
+    "a score that is NaN": (
+        "subjects200k",
+        _subjects(subject_row() | {"quality_assessment": _QUALITY | {"objectConsistency": float("nan")}}),
+    ),
     "all scores null": ("subjects200k", _subjects(subject_row(scores=None))),
     "scores of text": ("subjects200k", _subjects(subject_row() | {"quality_assessment": _TEXT_SCORES})),
     "descriptions of text": ("subjects200k", _subjects(subject_row() | {"description": "A cup."})),
@@ -135,6 +150,8 @@ SETS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a clip from before its beginning": ("opens2v", _opens2v(face_cut=[-3, -1])),
     "a clip to a text": ("opens2v", _opens2v(face_cut=[0, "5"])),
     "a clip to 5.0": ("opens2v", _opens2v(face_cut=[0, 5.0])),
+    "a record that is null": ("opens2v", _null_first),
+    "an annotated frame from before the beginning": ("opens2v", _opens2v(frame=-3)),
     "captions in a list": ("opens2v", _opens2v(face_cap_qwen=None, cap=["A cup."])),
     "no part of the clip": ("opens2v", _opens2v(face_cut=[5, 5])),
 }

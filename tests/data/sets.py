@@ -79,8 +79,8 @@ class FakeText:
                 row[i] = ord(letter)
         return found
 
-    def fills(self, captions):
-        return sum(len(caption) >= self.shape[0] for caption in captions)
+    def cuts(self, captions):
+        return sum(len(caption) > self.shape[0] for caption in captions)
 
 
 def fake_encoders(traits, seconds=0.0):

@@ -12,7 +12,7 @@ from sdv_jax.checkpoints import model_folder
 from sdv_jax.data import encoding
 from sdv_jax.data.encoding import Encoders, TextEncoder, VideoEncoder
 from sdv_jax.errors import UserError
-from sdv_jax.models.text.encode import encode
+from sdv_jax.models.text.encode import PAD, encode
 from sdv_jax.models.text.tokenizer import Tokenizer
 
 ON_FOUR_DEVICES = """
@@ -87,9 +87,13 @@ def test_captions_become_what_the_model_reads(tiny_pipeline_folder):
     assert found.dtype == np.float32 and found.shape == (4, traits.text_length, traits.text_width)
 
 
-def test_captions_that_fill_the_text_length_are_counted(tiny_pipeline_folder):
-    encoder = TextEncoder(tiny_pipeline_folder(), embed=False)
-    assert encoder.fills(["a", "b" * 50, "c" * 9, "d" * 10_000]) == 2
+def test_captions_that_are_cut_are_counted_and_not_those_that_just_fit(tiny_pipeline_folder):
+    folder = tiny_pipeline_folder()
+    encoder, length = TextEncoder(folder, embed=False), model_folder.about(folder).traits.text_length
+    texts = (" ".join(["ball"] * words) for words in range(1, 2 * length))
+    fits = next(text for text in texts if encoder.tokenise([text])[0, -1] != PAD)
+    assert encoder.cuts([fits]) == 0
+    assert encoder.cuts(["ball", f"{fits} ball", fits, "d" * 10_000]) == 2
 
 
 def test_half_precision_gives_float32(tiny_pipeline_folder, clips):

@@ -36,6 +36,15 @@ def test_the_file_appears_at_the_end_with_ordinary_permissions(tmp_path):
     assert stat.S_IMODE((tmp_path / "a.txt").stat().st_mode) == stat.S_IMODE(plain.stat().st_mode)
 
 
+def test_contents_are_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+    told, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: told.append(os.fstat(file).st_size) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *names: told.append("named") or replace(*names))
+    with replacing(tmp_path / "a.txt", what="text") as temporary:
+        temporary.write_text("12345")
+    assert told == [5, "named"]
+
+
 def test_an_error_keeps_the_old_file(tmp_path):
     (tmp_path / "a.txt").write_text("old")
     with pytest.raises(RuntimeError), replacing(tmp_path / "a.txt", what="text") as temporary:

@@ -1,10 +1,14 @@
 import dataclasses
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
 
 from sdv_jax.data import loading, records
 from sdv_jax.data.loading import Mixture, Part, StepBatches, Stream
+from sdv_jax.errors import UserError
 from tests.train import tiny
 
 
@@ -60,6 +64,24 @@ def test_worker_processes_read_the_same(tmp_path):
         found.append([next(iterator)["motion"]["mean"] for _ in range(4)])
         iterator.close()
     np.testing.assert_array_equal(*found)
+
+
+def test_workers_leave_signals_to_the_parent_and_a_killed_one_is_one_line(tmp_path):
+    records.save(tmp_path / "set", tiny.dataset(7, frames=1, views=1))
+    stream = Stream.of(Mixture.of(records.load(tmp_path / "set"), "set").parts(), 3, (0, 0), batches=40)
+    batches = StepBatches({"motion": stream}, [{"motion": i} for i in range(40)], {"motion": np.arange(3)})
+    iterator = loading.iterate(batches, 0, lambda batch: batch, workers=1)
+    next(iterator)
+    (worker,) = [child for child in multiprocessing.active_children() if "prefetch" in child.name]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(worker.pid, number)
+    for _ in range(20):  # more than are ready
+        next(iterator)
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="a data worker was killed.*lower data.workers") as error:
+        list(iterator)
+    assert "\n" not in str(error.value)
+    iterator.close()
 
 
 def test_processes_read_disjoint_rows_of_the_same_batches():

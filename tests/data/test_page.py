@@ -44,7 +44,7 @@ def sample(frames, views, *, key="k", caption="a ball", seconds=2.5):
     """Frames whose grey level, 20 apart, says which they are."""
     target = np.repeat(np.arange(frames, dtype=np.uint8)[:, None, None, None] * 20, 32 * 48 * 3).reshape(-1, 32, 48, 3)
     references = np.full((views, 32, 48, 3), 255, np.uint8)
-    return Sample(key, caption, {}, Size(frames, 32, 48), target, references, seconds)
+    return Sample(key, caption, {}, Size(frames, 32, 48), target, references, seconds, seconds / 2)
 
 
 def made(folder, *samples, rejected=(), left_out=(), durations=(2.5,), views=False):
@@ -53,14 +53,14 @@ def made(folder, *samples, rejected=(), left_out=(), durations=(2.5,), views=Fal
     counts = {"9x32x48": len(samples), "1x32x48": 0}
     unit = Unit(
         0, "", len(samples) + len(rejected), {}, {"9x32x48": Shard(0, 1, 1, "")}, tuple(rejected), tuple(shown),
-        tuple(durations), "", 1, 2.0, tuple(left_out),
+        tuple(durations), sum(durations) / 2, "", 1, 2.0, tuple(left_out),
     )  # fmt: skip
     about = {
         "settings": {"source.format": NASTY, "source.path": NASTY, "model.path": NASTY, "x": NASTY}, "source": {},
         "items": len(samples) + len(rejected), "records_per_bucket": counts,
         "rejected": {r.reason: 1 for r in rejected},
-        "references_left_out": {r.reason: 1 for r in left_out}, "seconds_of_video": sum(durations),
-        "captions_of_full_length": 1, "seconds_of_work": 2.0,
+        "references_left_out": {r.reason: 1 for r in left_out}, "seconds_of_video": sum(durations) / 2,
+        "captions_cut": 1, "seconds_of_work": 2.0,
     }  # fmt: skip
     page.write(folder, about, [unit])
     text = (folder / "index.html").read_text("utf-8")
@@ -99,7 +99,7 @@ def test_a_clip_shows_frames_spread_over_it(tmp_path):
 def test_a_pair_shows_references_beside_the_target(tmp_path):
     text, reader = made(tmp_path, sample(1, 5, seconds=0.0), views=True, durations=())
     assert [picture(source).size for source in reader.pictures] == [(3 * 24 + 2 * 3, 16), (24, 16)]
-    assert text.index("references") < text.index("target") and "Length of the clips" not in text
+    assert text.index("references") < text.index("target") and "Length of the source clips" not in text
 
 
 def test_counts_lengths_and_reasons_are_there(tmp_path):

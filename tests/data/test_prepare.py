@@ -274,7 +274,7 @@ def test_items_that_cannot_be_used_are_set_aside_with_their_reason(tmp_path, qui
     loaded = records.load(tmp_path / "out")
     assert loaded.about["rejected"] == {"no caption": 2, "unreadable video": 2, "too short": 1}
     assert list(loaded.about["rejected"].values()) == sorted(loaded.about["rejected"].values(), reverse=True)
-    assert loaded.about["captions_of_full_length"] == len(loaded) == 4
+    assert loaded.about["captions_cut"] == len(loaded) == 4 and loaded.about["seconds_of_video"] == 4 * 9 / 8
     long = next(b for i in range(4) if (b := loaded.buckets[0].describe(i))["key"] == "clip03.mp4")
     assert len(long["caption"]) == 9_999
 
@@ -355,6 +355,23 @@ def test_a_key_that_is_there_twice_counts_once(tmp_path, quick, model, source, m
         "item 2 has the key of item 0", "item 5 has the key of item 1", "item 6 has the key of item 0",
     ]  # fmt: skip
     assert [key for _, key, _ in everything(tmp_path / "out")] == ["a", "b", "c", "d"]
+
+
+def test_of_items_with_one_key_the_first_that_can_be_used_counts(tmp_path, quick, model, source, monkeypatch):
+    mine = tmp_path / "source"
+    shutil.copytree(source, mine)
+    (mine / "clip00.txt").unlink()
+    (mine / "clip02.mp4").write_bytes(b"no video")
+    monkeypatch.setattr(folder.Importer, "key", lambda _, index: "abacaabef"[index])
+    config = sets.config(model, mine, tmp_path / "out", rejected__most=0.9)
+    for process in (1, 0):  # each finds out on its own
+        prepare.prepare(config, process=(process, 2), progress=False)
+    told = [json.loads(row) for row in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [(item["key"], item["reason"]) for item in told[:4]] == [
+        ("a", "no caption"), ("a", "unreadable video"), ("a", "duplicate key"), ("b", "duplicate key"),
+    ]  # fmt: skip
+    assert [item["detail"] for item in told[2:4]] == ["item 5 has the key of item 4", "item 6 has the key of item 1"]
+    assert [key for _, key, _ in everything(tmp_path / "out")] == ["b", "c", "a"]
 
 
 def test_too_many_bad_items_stop_the_run_and_a_higher_limit_goes_on(tmp_path, quick, model):
@@ -445,6 +462,22 @@ def test_whatever_file_is_damaged_loading_tells_it_or_the_same_command_mends_it(
                 assert everything(copy) == whole
             mend(dataclasses.replace(config, output=dataclasses.replace(config.output, path=str(copy))), file, whole)
             shutil.rmtree(copy)
+
+
+def test_a_changed_byte_of_a_finished_set_is_mended_by_the_same_command(tmp_path, quick, model, source):
+    config = sets.config(model, source, tmp_path / "out")
+    prepare.prepare(config, progress=False)
+    whole, fingerprint = everything(tmp_path / "out"), records.load(tmp_path / "out").fingerprint
+    file = sorted((tmp_path / "out").rglob("train.*"))[1]
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(UserError, match=f"is damaged, in {file} .*; prepare it again") as error:
+        everything(tmp_path / "out")
+    assert line(error)
+    assert prepare.prepare(config, process=(0, 2), progress=False).encoded == 0, "its unit is another process's"
+    assert prepare.prepare(config, process=(1, 2), progress=False).encoded == 2, "one unit of two items"
+    assert everything(tmp_path / "out") == whole and records.load(tmp_path / "out").fingerprint == fingerprint
 
 
 def mend(config, file, whole):

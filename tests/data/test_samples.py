@@ -3,13 +3,14 @@ import errno
 import io
 import pickle
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sdv_jax.data import samples
+from sdv_jax.data import decode, samples
 from sdv_jax.data.decode import Size, read_clip, read_picture
 from sdv_jax.data.importers.item import Clip, Item, Picture, Rejected
 from sdv_jax.errors import UserError
@@ -17,7 +18,7 @@ from tests.data import clips, sets
 
 RECIPE = samples.Recipe(
     buckets=(Size(9, 32, 48), Size(5, 32, 48), Size(13, 32, 32), Size(1, 32, 48), Size(1, 48, 32)),
-    fps=8.0, references="target", frames=3, crops=4, jitter=0.1, seed=0,
+    fps=8.0, references="target", frames=3, crops=4, jitter=0.1, seed=0, window="first",
 )  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def clip_item(path, frames, *, fps=8, key="a", **size):
 
 def picture_item(path, key="a", height=40, width=64, references=(), **save):
     Image.fromarray(sets.moving(1, 1, height=height, width=width)[0]).save(path, **save)
-    return Item(key, "a ball", Picture(path), references=references)
+    return Item(key, "a ball", Picture(path), views=partial(tuple, references))
 
 
 def read(item, recipe=RECIPE):
@@ -60,7 +61,7 @@ def read(item, recipe=RECIPE):
 def test_a_clip_goes_where_proportions_and_frames_fit(tmp_path, frames, fps, size, expected):
     found = read(clip_item(tmp_path / "a.mp4", frames, fps=fps, height=size[0], width=size[1]))
     assert found.size == expected and found.target.shape == dataclasses.astuple(expected) + (3,)
-    assert found.seconds == pytest.approx(frames / fps)
+    assert found.seconds == pytest.approx(frames / fps) and found.used == expected.frames / 8
 
 
 def test_the_nearest_proportions_come_before_more_frames_and_size():
@@ -92,6 +93,24 @@ def test_a_clip_whose_end_is_damaged_goes_to_a_shorter_bucket(tmp_path, monkeypa
     assert read(item).size == Size(5, 32, 48)
     with pytest.raises(Rejected, match="found only now"):
         read(item, recipe(buckets=(Size(9, 32, 48),)))
+
+
+@pytest.mark.parametrize(
+    ("fps", "start", "end", "last"), [(8.0, 0, None, 31), (None, 0, None, 39), (8.0, 5, 31, 14)]
+)
+def test_a_random_window_begins_anywhere_in_the_clip(tmp_path, fps, start, end, last):
+    path = clips.write(tmp_path / "a.mp4", clips.numbered(48), fps=16)
+    step, begins = 2 if fps else 1, set()
+    for n in range(40):
+        item = Item(f"key{n}", "a", Clip(path, start, end))
+        found, again = (read(item, recipe(buckets=(Size(9, 32, 48),), fps=fps, window="random")) for _ in range(2))
+        np.testing.assert_array_equal(found.target, again.target)
+        numbers = list(clips.numbers(found.target))
+        assert numbers == list(range(numbers[0], numbers[0] + 9 * step, step))
+        begins.add(numbers[0])
+        first = read(item, recipe(buckets=(Size(9, 32, 48),), fps=fps))
+        assert list(clips.numbers(first.target))[0] == start
+    assert start <= min(begins) < start + 5 and last - 5 < max(begins) <= last
 
 
 def test_reference_frames_are_drawn_over_the_clip_without_repetition(tmp_path):
@@ -129,11 +148,11 @@ def test_views_are_cropped_in_turn(tmp_path):
     item = picture_item(tmp_path / "a.png", references=tuple(map(Picture, paths)))
     found = read(item, recipe(references="views", crops=4))
     assert [round(float(view.mean())) for view in found.references] == [40, 120, 200, 40]
-    clip = dataclasses.replace(clip_item(tmp_path / "a.mp4", 9), references=item.references)
+    clip = dataclasses.replace(clip_item(tmp_path / "a.mp4", 9), views=item.views)
     found = read(clip, recipe(references="views", crops=2))
     assert found.target.shape[0] == 9 and [round(float(v.mean())) for v in found.references] == [40, 120]
     with pytest.raises(Rejected, match="no other view"):
-        read(dataclasses.replace(item, references=()), recipe(references="views"))
+        read(dataclasses.replace(item, views=tuple), recipe(references="views"))
 
 
 @pytest.mark.parametrize("place", [0, 1, 2, 5])
@@ -148,13 +167,41 @@ def test_a_view_that_cannot_be_read_is_left_out_as_if_it_were_not_there(tmp_path
     views.insert(place, bad)
     for crops in (1, 4, 7):
         expected = read(whole, recipe(references="views", crops=crops))
-        found = read(dataclasses.replace(whole, references=tuple(views)), recipe(references="views", crops=crops))
+        found = read(dataclasses.replace(whole, views=lambda: tuple(views)), recipe(references="views", crops=crops))
         np.testing.assert_array_equal(found.references, expected.references)
         assert not expected.left_out and len(found.left_out) == (place < crops)
         for reason, detail in found.left_out:
             assert reason == "unreadable picture" and "bad.png is not an image" in detail
     with pytest.raises(Rejected, match="unreadable picture: .*bad.png is not an image"):
-        read(dataclasses.replace(whole, references=(bad, bad, bad)), recipe(references="views"))
+        read(dataclasses.replace(whole, views=lambda: (bad, bad, bad)), recipe(references="views"))
+
+
+def test_two_views_in_one_picture_are_decoded_once(tmp_path, monkeypatch):
+    file = io.BytesIO()
+    Image.fromarray(sets.moving(0, 1, width=96)[0]).save(file, "PNG")
+    boxes, decoded = ((0, 0, 48, 32), (48, 0, 96, 32)), []
+
+    def item(content):
+        left, right = (Picture(content(), box=box) for box in boxes)
+        return Item("a", "a ball", left, views=lambda: (right,))
+
+    apart = read(item(lambda: bytes(bytearray(file.getvalue()))), recipe(references="views"))
+    whole, read_image = file.getvalue(), decode.read_image
+    monkeypatch.setattr(decode, "read_image", lambda *a, **k: decoded.append(a) or read_image(*a, **k))
+    found = read(item(lambda: whole), recipe(references="views"))
+    np.testing.assert_array_equal(found.target, apart.target)
+    np.testing.assert_array_equal(found.references, apart.references)
+    assert len(decoded) == 1
+
+
+def test_references_are_looked_for_only_where_they_are_wanted(tmp_path):
+    def none():
+        raise Rejected("file missing", "view.png")
+
+    item = dataclasses.replace(clip_item(tmp_path / "a.mp4", 9), views=none)
+    assert read(item).references.shape[0] == 3
+    with pytest.raises(Rejected, match="view.png"):
+        read(item, recipe(references="views"))
 
 
 class Unforeseen(Items):

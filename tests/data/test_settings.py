@@ -43,7 +43,7 @@ def test_every_key_has_a_comment():
         ("samples.buckets", ("9x32",), "'9x32' is not understood; expected FRAMESxHEIGHTxWIDTH"),
         ("samples.buckets", ("0x32x48",), "'0x32x48' is not understood"),
         ("samples.buckets", ("9x32x48", "9x32x48"), "'9x32x48' is there twice"),
-        ("samples.buckets", "9x32x48", "expected tuple, found '9x32x48'"),
+        ("samples.buckets", "9x32x48", "found '9x32x48'; one text alone is written with a comma, ('9x32x48',)"),
         ("samples.references", "all", "expected one of target, views, found 'all'"),
         ("samples.jitter", 1.0, "expected a number from 0 to below 1, found 1.0"),
         ("samples.fps", -1, "expected 0 or more"),

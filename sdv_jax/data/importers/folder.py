@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sdv_jax.data.importers.item import Item, Picture, Rejected, plain
@@ -72,17 +73,21 @@ class Importer:
         if not 0 <= index < len(self):
             raise IndexError(index)
         file = file_inside(self._root, self._files[index], where="folder")
-        references = tuple(Picture(self._root / name) for name in self._views[index])
-        if self._options.subjects and not references:
-            raise Rejected("no other view", f"{file} is the only picture in its folder")
-        if self._options.references and not references:
-            raise Rejected("no reference", f"{file} has no picture in {self._options.references}")
         return checked(
             Item(
-                key=self.key(index), caption=self._caption(file), target=target(file), references=references,
+                key=self.key(index), caption=self._caption(file), target=target(file),
+                views=partial(self._references, index, file),
                 provenance={"set": str(self._root.name), "file": self.key(index)},
             )
         )  # fmt: skip
+
+    def _references(self, index: int, file: Path) -> tuple[Picture, ...]:
+        found = tuple(Picture(self._root / name) for name in self._views[index])
+        if self._options.subjects and not found:
+            raise Rejected("no other view", f"{file} is the only picture in its folder")
+        if self._options.references and not found:
+            raise Rejected("no reference", f"{file} has no picture in {self._options.references}")
+        return found
 
     def _caption(self, file: Path) -> str:
         beside, shared = file.with_suffix(".txt"), file.parent / "caption.txt"

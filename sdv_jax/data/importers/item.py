@@ -4,8 +4,9 @@ An importer (one file per layout beside this one) knows where these things lie a
 `sdv_jax.data.decode`'s business.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -49,16 +50,21 @@ class Item:
     """One example.
 
     Attributes:
-      key: unique in the set, and the same in every run.
-      references: other views of the subject; without any, frames of the target clip itself are taken.
+      key: the same in every run. Of several items with one key the first that can be used counts.
+      views: gives `references`; called only where they are wanted, so that broken ones cost nobody else his item.
       provenance: where it comes from: file, row, address, licence.
     """
 
     key: str
     caption: str
     target: Picture | Clip
-    references: tuple[Picture | Frame, ...] = ()
+    views: Callable[[], tuple[Picture | Frame, ...]] = field(default=tuple, repr=False, compare=False)
     provenance: Mapping[str, str | int | float] = field(default_factory=dict)
+
+    @cached_property
+    def references(self) -> tuple[Picture | Frame, ...]:
+        """Other views of the subject; without any, frames of the target clip itself are taken. Raises Rejected."""
+        return self.views()
 
 
 class Rejected(Exception):
@@ -100,5 +106,5 @@ class Importer(Protocol):
         ...
 
     def __getitem__(self, index: int) -> Item:
-        """Raises Rejected for an item that cannot be used, IndexError past the end."""
+        """Raises Rejected for an item that cannot be used whatever is wanted of it, IndexError past the end."""
         ...

@@ -3,6 +3,7 @@
 import json
 import mmap
 import re
+import reprlib
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ from tqdm import tqdm
 from sdv_jax.data.importers.item import Rejected
 from sdv_jax.errors import UserError
 
-_TOKENS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]]', re.DOTALL)
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_TOKENS = re.compile(_STRING + rb"|[{}\[\]]", re.DOTALL)
+_SCALAR = re.compile(rb"\s*:\s*(" + _STRING + rb'|[^\s"{}\[\],]+)', re.DOTALL)  # behind a key: no record, but counted
 
 
 class JsonRecords:
-    """The values of the outermost object that are objects, in the order of the file. Can be pickled."""
+    """The values of the outermost object, in the order of the file. Can be pickled."""
 
     def __init__(self, path: Path, *, what: str):
         """Raises UserError: no file, not an object of objects, or one that breaks off."""
@@ -36,21 +39,26 @@ class JsonRecords:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> dict:
-        """Raises Rejected for a record that is not JSON."""
+        """Raises Rejected for a record that is not JSON, or no object."""
         start, end = self._spans[index].tolist()
         try:
             with open(self.path, "rb") as file:
                 file.seek(start)
-                return json.loads(file.read(end - start))
+                record = json.loads(file.read(end - start))
         except (ValueError, RecursionError, OSError) as error:
             raise Rejected("damaged record", f"{self.path}, {self.keys[index]}: not JSON") from error
+        if not isinstance(record, dict):
+            raise Rejected("damaged record", f"{self.path}, {self.keys[index]}: {reprlib.repr(record)} is no record")
+        return record
 
 
 def _scan(content: mmap.mmap, bar: tqdm) -> tuple[list[str], np.ndarray]:
     """Keys, and first and last byte of each record. Raises ValueError."""
-    keys, spans, depth, start, key = [], [], 0, 0, None
+    keys, spans, records, depth, start, key, past = [], [], 0, 0, 0, None, 0
     for token in _TOKENS.finditer(content):
         text = token[0]
+        if token.start() < past:
+            continue
         if text in (b"{", b"["):
             if depth == 0 and text == b"[":
                 raise ValueError("it is a list")
@@ -62,10 +70,15 @@ def _scan(content: mmap.mmap, bar: tqdm) -> tuple[list[str], np.ndarray]:
             if depth == 1 and key is not None:
                 keys.append(key)
                 spans.append((start, token.end()))
+                records += 1
                 bar.update(token.end() - bar.n)
                 key = None
         elif depth == 1:
             key = json.loads(text)
-    if depth or not keys:
+            if scalar := _SCALAR.match(content, token.end()):
+                keys.append(key)
+                spans.append(scalar.span(1))
+                key, past = None, scalar.end()
+    if depth or not records:
         raise ValueError("it breaks off" if depth else "it has no records")
     return keys, np.array(spans, np.int64)

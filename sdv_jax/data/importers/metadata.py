@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sdv_jax.data.importers.item import Item, Picture, Rejected, plain
@@ -22,7 +23,6 @@ from sdv_jax.data.importers.reading import (
     read_json,
     read_lines,
     read_text,
-    repeated,
     target,
 )
 from sdv_jax.errors import UserError
@@ -74,7 +74,6 @@ class Importer:
         if options.reference or options.require_reference:
             what = "of references, option reference"
             self._reference = self._columns(options.reference, REFERENCES, columns, what)[0]
-        self._repeated = repeated(self.key(index) for index in range(len(self)))
         used = {self._target(row): None for row in self._rows if isinstance(row, Mapping)}
         self.about = {"rows": len(self._rows), "chosen": len(self._rows), "target column": ", ".join(used),
                       "caption column": self._caption, "reference column": self._reference or ""}  # fmt: skip
@@ -85,10 +84,10 @@ class Importer:
     def key(self, index: int) -> str:
         """The target's path; with those of the references where there are any."""
         row = self._rows[index]
-        if not isinstance(row, Mapping) or not _text(row.get(self._target(row))):
+        if not isinstance(row, Mapping) or not (file := _text(row.get(self._target(row)))):
             return f"row/{index + 1}"
-        names = [row[self._target(row)], *_names(row.get(self._reference))]
-        return plain(" + ".join(path_key(self._media, name) if _text(name) else str(name) for name in names))
+        names = [file, *_names(row.get(self._reference))]
+        return plain(" + ".join(path_key(self._media, text) if (text := _text(name)) else str(name) for name in names))
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):
@@ -96,26 +95,26 @@ class Importer:
         row, where = self._rows[index], f"{self._file} row {index + 1}"
         if not isinstance(row, Mapping):
             raise Rejected("damaged row", f"{where}: {row}")
-        name = row.get(self._target(row))
+        name = _text(row.get(self._target(row)))
         file = file_inside(self._media, name, where=where)
-        if index in self._repeated:
-            raise Rejected("duplicate key", f"{where}: {self.key(index)} was there before")
-        references = tuple(self._picture(name, where) for name in _names(row.get(self._reference)))
-        if self._options.require_reference and not references:
+        if self._options.require_reference and not _names(row.get(self._reference)):
             raise Rejected("no reference", f"{where}: column {self._reference} is empty")
         return checked(
             Item(
                 key=self.key(index), caption=caption(first_text(row.get(self._caption)), where=where),
-                target=target(file, kind=_text(row.get("type")).lower() or None), references=references,
-                provenance={"set": self._file.parent.name, "table": self._file.name, "row": index + 1,
-                            "file": _text(name)},
+                target=target(file, kind=_text(row.get("type")).lower() or None),
+                views=partial(self._references, row, where),
+                provenance={"set": self._file.parent.name, "table": self._file.name, "row": index + 1, "file": name},
             )
         )  # fmt: skip
 
     def _target(self, row: Mapping) -> str:
         return next((name for name in self._targets if _text(row.get(name))), self._targets[0])
 
-    def _picture(self, name, where: str) -> Picture:
+    def _references(self, row: Mapping, where: str) -> tuple[Picture, ...]:
+        return tuple(self._picture(_text(name), where) for name in _names(row.get(self._reference)))
+
+    def _picture(self, name: str, where: str) -> Picture:
         file = file_inside(self._media, name, where=f"{where} {self._reference}")
         if kind_of(file) == "video":
             raise Rejected("unknown file type", f"{where}: {name} is given as a picture and is a video by its name")
@@ -125,9 +124,11 @@ class Importer:
         """Those of the usual columns that are there, or the one that is named."""
         present = [name for name in ([named] if named else usual) if name in columns]
         if not present:
+            near = [name for name in columns if str(name).lower() in ([named.lower()] if named else usual)]
+            hint = f"; write {near[0]} as {near[0].lower()}, or name it by the option" if near and not named else ""
             raise UserError(
                 f"table {self._file} has no column {what}: expected {named or ' or '.join(usual)}, found "
-                f"{', '.join(map(str, columns)) or 'none'}"
+                f"{', '.join(map(str, columns)) or 'none'}{hint}"
             )
         return present
 
@@ -149,6 +150,8 @@ def _table_of(path: Path) -> Path:
 def _read_csv(path: Path) -> list:
     """Rows by the names of the first one; one of another length, or badly quoted, becomes a message."""
     head, *lines = _csv_lines(path) or [[]]
+    if not head and lines:
+        raise UserError(f"table {path}: its first line, which names the columns, is empty; remove the line")
     if isinstance(head, str):
         raise UserError(f"table {path} has a damaged head: {head}; repair the file")
     names = [name.strip() for name in head]
@@ -199,7 +202,12 @@ def _read_jsonl(path: Path) -> list:
 
 
 def _read_json(path: Path) -> list:
-    rows = read_json(path, what="table")
+    try:
+        rows = read_json(path, what="table")
+    except UserError as error:
+        if [isinstance(row, Mapping) for row in _read_jsonl(path)[:2]] == [True, True]:
+            raise UserError(f"table {path} holds a row in each line, which is JSON lines: name it .jsonl") from error
+        raise
     if not isinstance(rows, list):
         raise UserError(f"table {path} holds a {type(rows).__name__}; expected a list of rows")
     return [row if isinstance(row, Mapping) else "not a table of names and values" for row in rows]

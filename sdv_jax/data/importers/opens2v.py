@@ -5,8 +5,10 @@ frame; frame numbers are those of the whole file. So the set's own loader reads 
 """
 
 import math
+import reprlib
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from sdv_jax.data.importers.item import Clip, Frame, Item, Rejected, plain
 from sdv_jax.data.importers.json_records import JsonRecords
 from sdv_jax.data.importers.masks import Mask
 from sdv_jax.data.importers.opens2v_pairs import Pairs, Subject
-from sdv_jax.data.importers.reading import caption, checked, file_inside, first_text, repeated
+from sdv_jax.data.importers.reading import caption, checked, file_inside, first_text
 from sdv_jax.errors import UserError
 
 _CAPTIONS = ("face_cap_qwen", "cap")
@@ -66,7 +68,6 @@ class Importer:
         self._places = [place for place in places if self._pairs is None or self._key(place) in self._pairs]
         if not self._places:
             raise UserError(f"OpenS2V pairs {pairs}: none of its clips is in {path}; give the json files of its parts")
-        self._repeated = repeated(map(self._key, self._places))
         self.about = {"records": len(places), "chosen": len(self._places), "parts": len(self._parts)}
 
     def __len__(self) -> int:
@@ -79,8 +80,6 @@ class Importer:
         if not 0 <= index < len(self):
             raise IndexError(index)
         place, key = self._places[index], self.key(index)
-        if index in self._repeated:
-            raise Rejected("duplicate key", f"{self._parts[place[0]].path}: {key} was there before")
         record = self._parts[place[0]][place[1]]
         try:
             metadata = record["metadata"]
@@ -88,11 +87,11 @@ class Importer:
             text = first_text([first_text(metadata.get(name)) for name in _CAPTIONS])
             item = Item(
                 key=key, caption=caption(text, where=key), target=Clip(video, *_cut(metadata), _crop(metadata)),
-                references=self._references(place, record),
+                views=partial(self._references, place, record),
                 provenance={"set": "OpenS2V-5M", "file": str(metadata["path"]), "record": key},
             )  # fmt: skip
         except _MALFORMED as error:
-            raise Rejected("damaged record", f"{key}: {error!r}") from error
+            raise _damaged(key, error) from error
         return checked(item)
 
     def _key(self, place: tuple[int, int]) -> str:
@@ -105,7 +104,10 @@ class Importer:
         return file_inside(folder if folder.is_dir() else self._videos, name, where=self._key(place))
 
     def _references(self, place: tuple[int, int], record: dict) -> tuple[Frame, ...]:
-        found = list(self._subjects(place, record)) if self._pairs is None else self._of_pairs(self._key(place))
+        try:
+            found = list(self._subjects(place, record)) if self._pairs is None else self._of_pairs(self._key(place))
+        except _MALFORMED as error:
+            raise _damaged(self._key(place), error) from error
         if not found:
             raise Rejected("no subject", f"{self._key(place)} has none of the wanted classes and area")
         return tuple(found[: self._options.most])
@@ -119,7 +121,7 @@ class Importer:
             except Rejected as reason:
                 reasons.append(reason)
             except _MALFORMED as error:
-                reasons.append(Rejected("damaged record", f"{other}: {error!r}"))
+                reasons.append(_damaged(other, error))
             if len(found) >= self._options.most:
                 break
         if reasons and not found:
@@ -143,7 +145,7 @@ class Importer:
         """Views of the subjects in a record's annotated frame, in its order; or of some, by number."""
         annotation, crop = record["annotation"], _crop(record["metadata"])
         left, top = (0, 0) if crop is None else crop[:2]
-        frame = int(annotation["ann_frame_data"]["ann_frame_idx"])
+        frame = _whole(annotation["ann_frame_data"]["ann_frame_idx"])
         background = set((record.get("word_tags") or {}).get("background") or ())
         video, taken = self._video(place, record["metadata"]), []
         for number, packed in annotation["mask_annotation"][str(frame)].items():
@@ -152,7 +154,8 @@ class Importer:
             if not wanted or (only is not None and number not in only):
                 continue
             counts = packed["counts"] if isinstance(packed["counts"], str) else tuple(packed["counts"])
-            mask = Mask(*packed["size"], counts, left=left, top=top)
+            height, width = map(int, _numbers(packed["size"], 2, "the size of a mask"))
+            mask = Mask(height, width, counts, left=left, top=top)
             try:
                 region = mask.decode()
             except ValueError as error:
@@ -170,12 +173,22 @@ class Importer:
 _MALFORMED = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
+def _damaged(key: str, error: Exception) -> Rejected:
+    """What one of _MALFORMED says of a record, in words; ValueErrors are raised here, and have them."""
+    words = str(error) if isinstance(error, ValueError) else "a field is of another kind than the set's"
+    if isinstance(error, KeyError):
+        words = f"it has no {error.args[0]!r}"
+    return Rejected("damaged record", f"{key}: {words}")
+
+
 def _cut(metadata: dict) -> tuple[int, int | None]:
     """First frame and the one behind the last. Raises ValueError."""
     cut = next((metadata[name] for name in _CUTS if metadata.get(name)), None)
     if cut is None:
         return 0, None
-    start, end = (_whole(value) for value in cut)
+    if not isinstance(cut, list) or len(cut) != 2:
+        raise ValueError(f"the clip is {reprlib.repr(cut)}, expected the numbers of 2 frames")
+    start, end = map(_whole, cut)
     if start >= end:
         raise ValueError(f"frames {start} to {end} are no clip")
     return start, end
@@ -183,22 +196,35 @@ def _cut(metadata: dict) -> tuple[int, int | None]:
 
 def _whole(number) -> int:
     """The number of a frame, which JSON may write as 5 or 5.0. Raises ValueError."""
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or number != int(number) or number < 0:
+    if not _is_number(number) or number != int(number) or number < 0:
         raise ValueError(f"{number!r} is no number of a frame")
     return int(number)
+
+
+def _numbers(values, count: int, what: str) -> list[int | float]:
+    if not isinstance(values, list) or len(values) != count or not all(map(_is_number, values)):
+        raise ValueError(f"{what} is {reprlib.repr(values)}, expected {count} numbers")
+    return values
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _crop(metadata: dict) -> tuple[int, int, int, int] | None:
     """From x0, x1, y0, y1 to left, top, right, bottom."""
     if not metadata.get("crop"):
         return None
-    x0, x1, y0, y1 = (int(value) for value in metadata["crop"])
+    x0, x1, y0, y1 = map(int, _numbers(metadata["crop"], 4, "crop"))
     return x0, y0, x1, y1
 
 
 def _bounding(annotation: dict, number: str) -> tuple[int, int, int, int]:
     """The detector's box, x0, y0, x1, y1 in fractions of pixels; masks are numbered from 1, boxes are in that order."""
-    x0, y0, x1, y1 = annotation["ann_frame_data"]["annotations"][int(number) - 1]["bbox"]
+    boxes = annotation["ann_frame_data"]["annotations"]
+    if not (number.isdecimal() and 0 < int(number) <= len(boxes)):
+        raise ValueError(f"subject {number} has no bounding box")
+    x0, y0, x1, y1 = _numbers(boxes[int(number) - 1]["bbox"], 4, "bbox")
     return math.floor(max(0, x0)), math.floor(max(0, y0)), math.ceil(x1), math.ceil(y1)
 
 

@@ -3,15 +3,17 @@
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from sdv_jax.data.importers.item import Clip, Item, Rejected
 from sdv_jax.data.importers.parquet import ANYTHING, NUMBERS, TEXTS, ParquetRows
-from sdv_jax.data.importers.reading import caption, check_folder, checked, kind_of, repeated, walk
+from sdv_jax.data.importers.reading import caption, check_folder, checked, kind_of, walk
 from sdv_jax.errors import UserError
 
+_NUMBER = re.compile(r"\d+(?=[-_.]|$)")  # at the beginning of a name: 857195-hd.mp4, but not 4k-sunset.mp4
 _COLUMNS = {"title": TEXTS, "video": TEXTS, "duration": ANYTHING}  # durations need be numbers only to choose by them
 
 
@@ -20,7 +22,7 @@ class Options:
     """
     Attributes:
       videos: the folder of the files; "" means `videos` beside the parquet file, or else its own folder. A file is
-        found by the last part of its address, or by the number in it: 857195.mp4.
+        found by the last part of its address, or by the clip's number: 857195.mp4.
       minimum_duration: seconds; shorter ones, and those of unknown length, are left out.
       count: draw so many rows; 0 means all. The draw depends on the seed and the addresses, not on their order.
       seed: of the draw.
@@ -44,10 +46,9 @@ class Importer:
         folder = self._rows.files[0].parent
         beside = folder / "videos"
         self._folder = Path(options.videos) if options.videos else beside if beside.is_dir() else folder
-        self._files = _files_by_name(check_folder(self._folder, what="Pexels-400k videos"))
         self._addresses = self._rows.column("video", TEXTS).to_pylist()
+        self._files = _Files(check_folder(self._folder, what="Pexels-400k videos"), self._addresses)
         self._chosen = self._choose(options)
-        self._repeated = repeated(self.key(index) for index in range(len(self)))
         self.about = {"rows": len(self._rows), "chosen": len(self._chosen), "files": len(self._files)}
 
     def __len__(self) -> int:
@@ -65,8 +66,6 @@ class Importer:
         where = f"{file} row {number}"
         if not address:
             raise Rejected("no file", f"{where}: the address is null")
-        if index in self._repeated:
-            raise Rejected("duplicate key", f"{where}: {self.key(index)} was there before")
         if not _name(address):
             raise Rejected("no file", f"{where}: the address {address} names none")
         found = self._file(address)
@@ -85,8 +84,7 @@ class Importer:
         return [address for address in (self._addresses[row] for row in self._chosen) if address]
 
     def _file(self, address: str) -> Path | None:
-        name = _name(address)
-        relative = self._files.get(name) or self._files.get(_identity(address))
+        relative = self._files.of(address)
         return None if relative is None else self._folder / relative
 
     def _choose(self, options: Options) -> list[int]:
@@ -107,17 +105,38 @@ class Importer:
         return rows
 
 
-def _files_by_name(folder: Path) -> dict[str, str]:
-    """Paths relative to `folder` of the videos in it, by file name and, where it begins with a number, by that."""
-    files = {}
-    for relative in walk(folder):
-        name = os.path.basename(relative)
-        if kind_of(Path(name)) == "video":
-            files.setdefault(name, relative)
-            number = re.match(r"\d+", name)
-            if number:
-                files.setdefault(number[0], relative)
-    return files
+class _Files:
+    """The videos in a folder, found for an address. A caption beside another clip is worse than no clip: of a name that
+    several clips have, the folder tells whose it is, and a number counts only in a name that is no address's.
+    """
+
+    def __init__(self, folder: Path, addresses: Iterable[str | None]):
+        self._named: dict[str, str] = {}
+        self._placed: dict[tuple[str, str], str] = {}
+        self._numbered: dict[str, str] = {}
+        owners: dict[str, set[str | None]] = {}
+        for address in filter(None, addresses):
+            owners.setdefault(_name(address), set()).add(_identity(address))
+        self._shared = {name for name, clips in owners.items() if len(clips) > 1}
+        count = 0
+        for relative in filter(lambda path: kind_of(Path(path)) == "video", walk(folder)):
+            place, name = os.path.split(relative)
+            self._named.setdefault(name, relative)
+            self._placed.setdefault((os.path.basename(place), name), relative)
+            number = _NUMBER.match(name)
+            if number and name not in owners:
+                self._numbered.setdefault(number[0], relative)
+            count += 1
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def of(self, address: str) -> str | None:
+        """The path of its file, relative to the folder."""
+        name, clip = _name(address), _identity(address)
+        named = self._placed.get((clip, name)) or (None if name in self._shared else self._named.get(name))
+        return named or self._numbered.get(clip)
 
 
 def _path(address: str) -> str:
@@ -133,15 +152,14 @@ def _name(address: str) -> str:
 
 
 def _identity(address: str | None) -> str | None:
-    """The number of a video, which its address names; else the last part of the address."""
+    """The number of a clip: the folder in its address, or what the last part begins with; else that part itself."""
     if not address:
         return None
-    name = _name(address)
-    number = re.match(r"\d+", name)
-    if number:
-        return number[0]
-    folders = [part for part in _path(address).split("/") if part.isdigit()]
-    return folders[-1] if folders else name or None
+    folder, name = _path(address).split("/")[-2:-1], _name(address)
+    if folder and folder[0].isdecimal():
+        return folder[0]
+    number = _NUMBER.match(name)
+    return number[0] if number else name or None
 
 
 def _lot(seed: int, address: str | None) -> bytes:

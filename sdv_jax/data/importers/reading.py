@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,13 +99,13 @@ def walk(root: Path) -> Iterator[str]:
     """Paths from `root` of the files in it and in the folders below; nothing hidden.
 
     Links to folders are followed. A folder that can be reached twice comes once, under its own path rather than a
-    link's, so that links to each other end.
+    link's, so that links to each other end. Raises UserError for a folder that cannot be read.
     """
     seen, waiting = set(), [str(root)]
     while waiting:
         links = []
         for start in waiting:
-            for place, folders, names in os.walk(start):
+            for place, folders, names in os.walk(start, onerror=_unreadable):
                 real = os.path.realpath(place)
                 if real in seen:
                     folders.clear()
@@ -118,9 +118,19 @@ def walk(root: Path) -> Iterator[str]:
         waiting = links
 
 
+def _unreadable(error: OSError) -> None:
+    raise UserError(
+        f"folder {error.filename} cannot be read ({error.strerror}): its files would be missing; make it readable, or "
+        "move it out of the set"
+    ) from error
+
+
 def path_key(root: Path, name: str) -> str:
     """The path `name` of a set as a key: from `root`, in one spelling however the set writes it."""
-    return plain(os.path.relpath(os.path.join(root, name.strip()), root))
+    path = os.path.normpath(name)
+    if os.path.isabs(path) or path.startswith(os.pardir):  # else it is what relpath gives, at ten times its cost
+        path = os.path.relpath(os.path.join(root, path), root)
+    return plain(path)
 
 
 def file_inside(root: Path, name, *, where: str) -> Path:
@@ -131,10 +141,10 @@ def file_inside(root: Path, name, *, where: str) -> Path:
     Raises:
       Rejected: no name, a name that leads out of `root`, or no such file.
     """
-    if not isinstance(name, (str, os.PathLike)) or not str(name).strip():
+    if not isinstance(name, str) or not name.strip():
         raise Rejected("no file", f"{where} names no file")
     base = os.path.normpath(os.path.abspath(root))
-    path = os.path.normpath(os.path.join(base, str(name).strip()))
+    path = os.path.normpath(os.path.join(base, name))
     if os.path.commonpath([base, path]) != base:
         raise Rejected("path outside the set", f"{where}: {name} is not in {root}")
     if not os.path.isfile(path):
@@ -157,16 +167,6 @@ def kind_of(path: Path) -> str | None:
     """ "video", "image", or None for other files."""
     suffix = path.suffix.lower()
     return "video" if suffix in VIDEO_SUFFIXES else "image" if suffix in PICTURE_SUFFIXES else None
-
-
-def repeated(keys: Iterable[Hashable]) -> frozenset[int]:
-    """The places of keys that were there before."""
-    seen, places = set(), []
-    for place, key in enumerate(keys):
-        if key in seen:
-            places.append(place)
-        seen.add(key)
-    return frozenset(places)
 
 
 def checked(item: Item) -> Item:

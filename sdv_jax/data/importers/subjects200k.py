@@ -1,5 +1,6 @@
 """Subjects200K: parquet rows that hold two views of a subject side by side in one picture (Yuanshi, apache-2.0)."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Options:
 class Importer:
     """Items 2r and 2r + 1 are the two directions of the r-th chosen row: left from right, then right from left.
 
-    Rows whose scores are null are rejected, rows whose scores are low are not there.
+    Rows whose scores are null or NaN are rejected, rows whose scores are low are not there.
     """
 
     def __init__(self, path: Path, options: Options):
@@ -73,7 +74,7 @@ class Importer:
         where = f"{file} row {number}"
         record = self._rows[row]
         if _scores(record) is None:
-            raise Rejected("no scores", f"{where}: quality_assessment is null")
+            raise Rejected("no scores", f"{where}: a score in quality_assessment is null or NaN")
         description = record["description"]
         if description is None:
             raise Rejected("no caption", f"{where}: description is null")
@@ -84,7 +85,7 @@ class Importer:
         views = [Picture(content, box) for box in _views(content, self._options, where)]
         return checked(
             Item(
-                key=self.key(index), caption=text, target=views[direction], references=(views[1 - direction],),
+                key=self.key(index), caption=text, target=views[direction], views=lambda: (views[1 - direction],),
                 provenance={
                     "set": "Subjects200K", "file": file.name, "row": number,
                     "collection": record["collection"] or "", "view": ("left", "right")[direction],
@@ -103,11 +104,12 @@ class Importer:
         return self._chosen[index // self._directions], index % self._directions
 
     def _choose(self) -> list[int]:
-        """The rows that are not known to be bad: null scores stay, and are rejected by name."""
+        """The rows that are not known to be bad: scores that are null or NaN stay, and are rejected by name."""
         keep = None
         for name in SCORES:
             scores = self._rows.column("quality_assessment", NUMBERS, field=name).combine_chunks()
-            good = pc.fill_null(pc.greater_equal(scores, self._options.minimum_score), True)
+            good = pc.or_(pc.greater_equal(scores, self._options.minimum_score), pc.is_nan(scores))
+            good = pc.fill_null(good, True)
             keep = good if keep is None else pc.and_(keep, good)
         if self._options.collections:
             found = self._rows.column("collection", TEXTS).combine_chunks()
@@ -118,7 +120,7 @@ class Importer:
 def _scores(record: dict) -> list[int] | None:
     assessment = record["quality_assessment"] or {}
     scores = [assessment.get(name) for name in SCORES]
-    return None if None in scores else scores
+    return None if any(score is None or math.isnan(score) for score in scores) else scores
 
 
 def _views(content: bytes, options: Options, where: str) -> tuple[Box, Box]:

@@ -1,6 +1,7 @@
 """prompts.txt and videos.txt, line by line (CogVideo, diffusers, finetrainers); images.txt: references or targets."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sdv_jax.data.importers.item import Item, Picture, Rejected
@@ -12,7 +13,6 @@ from sdv_jax.data.importers.reading import (
     kind_of,
     path_key,
     read_lines,
-    repeated,
     target,
 )
 from sdv_jax.errors import UserError
@@ -55,38 +55,37 @@ class Importer:
         self._images = rest[0] if rest else None
         if not self._targets:
             raise UserError(f"{self._list} is empty; add the paths of the files")
-        self._repeated = repeated(map(self.key, range(len(self))))
         self.about = {"lines": len(self._targets), "chosen": len(self._targets)}
 
     def __len__(self) -> int:
         return len(self._targets)
 
     def key(self, index: int) -> str:
-        line = self._targets[index]
-        return path_key(self._media, line) if line.strip() else f"line/{index + 1}"
+        line = self._targets[index].strip()
+        return path_key(self._media, line) if line else f"line/{index + 1}"
 
     def __getitem__(self, index: int) -> Item:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        where = f"{self._list} line {index + 1}"
-        if not self._targets[index].strip():
+        where, name = f"{self._list} line {index + 1}", self._targets[index].strip()
+        if not name:
             raise Rejected("no file", f"{where} is empty")
-        if index in self._repeated:
-            raise Rejected("duplicate key", f"{where}: {self.key(index)} was there before")
-        file = file_inside(self._media, self._targets[index], where=where)
-        references = ()
-        if self._images is not None:
-            image = file_inside(self._media, self._images[index], where=f"{where} image")
-            if kind_of(image) == "video":
-                raise Rejected("unknown file type", f"{image} is given as an image and is a video by its name")
-            references = (Picture(image),)
+        file = file_inside(self._media, name, where=where)
         return checked(
             Item(
                 key=self.key(index), caption=caption(self._prompts[index], where=where), target=target(file),
-                references=references,
-                provenance={"set": self._list.parent.name, "file": self._targets[index].strip()},
+                views=partial(self._references, index, where),
+                provenance={"set": self._list.parent.name, "file": name},
             )
         )  # fmt: skip
+
+    def _references(self, index: int, where: str) -> tuple[Picture, ...]:
+        if self._images is None:
+            return ()
+        image = file_inside(self._media, self._images[index].strip(), where=f"{where} image")
+        if kind_of(image) == "video":
+            raise Rejected("unknown file type", f"{image} is given as an image and is a video by its name")
+        return (Picture(image),)
 
 
 def _equally_long(files: list[Path]) -> list[list[str]]:

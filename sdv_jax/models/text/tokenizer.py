@@ -64,6 +64,10 @@ class Tokenizer:
         ids, mask = (np.asarray(encoded[name], np.int32) for name in ("input_ids", "attention_mask"))
         return ids, mask
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has uncut, the end-of-text token included."""
+        return [len(ids) for ids in self._tokenizer(list(texts), verbose=False)["input_ids"]]
+
 
 def clean_wan(text: str) -> str:
     """A prompt as diffusers' `WanPipeline` cleans it: mojibake and HTML mended, runs of blanks made one."""

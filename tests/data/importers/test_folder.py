@@ -48,7 +48,8 @@ def test_captions(folder):
 def test_subjects(tmp_path):
     for name in ("dog/1.png", "dog/2.jpg", "dog/3.png", "cat/1.png", "cat/2.png", "alone/1.png"):
         picture(tmp_path / name)
-    (tmp_path / "dog/caption.txt").write_text("A dog.")
+    for name in ("dog", "alone"):
+        (tmp_path / name / "caption.txt").write_text("A dog.")
     (tmp_path / "dog/2.txt").write_text("The dog from behind.")
     importer = open_source("folder", tmp_path, subjects=True)
     rejected(importer, 0, "no other view", "alone/1.png is the only picture")

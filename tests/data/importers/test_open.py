@@ -1,12 +1,14 @@
 """Opening a set: formats, options, and what all importers have in common."""
 
+import errno
 import os
 import pickle
 
+import numpy as np
 import pytest
 
 from sdv_jax.data.importers import FORMATS, Rejected, open_source
-from sdv_jax.data.importers.reading import read_lines, repeated
+from sdv_jax.data.importers.reading import path_key, read_lines
 from sdv_jax.errors import UserError
 from tests.data.importers.sets import parquet, refused, rejected, subject_row, video
 from tests.data.importers.test_opens2v import write_part
@@ -59,8 +61,23 @@ def test_what_every_importer_does(sets, format):
         importer[len(importer)]
     again = pickle.loads(pickle.dumps(importer))  # worker processes get copies
     assert [again[index] for index in range(len(again))] == items
+    assert [again[index].references for index in range(len(again))] == [item.references for item in items]
     assert open_source(format, str(sets[format]))[1] == items[1]
     assert importer.about and all(isinstance(value, (str, int, float)) for value in importer.about.values())
+
+
+@pytest.mark.parametrize(("format", "options"), [("folder", {}), ("pexels", {}), ("pexels", {"present_only": True})])
+def test_a_folder_within_that_cannot_be_read(sets, monkeypatch, format, options):
+    video(sets[format] / "videos/closed/3.mp4")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    refused("videos/closed cannot be read (Permission denied): its files", format, sets[format], **options)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -68,6 +85,29 @@ def test_a_folder_that_is_not_there(tmp_path, format):
     with pytest.raises(UserError) as caught:
         open_source(format, tmp_path / "nowhere")
     assert "nowhere" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_item_whose_references_are_broken_is_one_without_them(sets):
+    (sets["text_lists"] / "images.txt").write_text("gone.png\n\n")
+    (sets["metadata"] / "metadata.csv").write_text("video,prompt,reference\n1.mp4,Sea,gone.png\n2.mp4,Sea,1.mp4\n")
+    write_part(sets["opens2v"] / "part1.json", ["one", "two"], subjects={"cup": np.zeros((28, 40), bool) | True})
+    part = sets["opens2v"] / "part1.json"
+    part.write_text(part.read_text().replace('"annotation"', '"annotations"'))
+    for format in ("text_lists", "metadata", "opens2v"):
+        importer = open_source(format, sets[format])
+        for index in range(2):
+            assert importer[index].caption and importer[index].target.path.is_file()
+            with pytest.raises(Rejected):
+                importer[index].references  # noqa: B018
+
+
+def test_names_with_spaces_around_them(tmp_path):
+    video(tmp_path / " a " / " b.mp4")
+    (tmp_path / " a " / " b.txt").write_text("Sea")
+    assert open_source("folder", tmp_path)[0].target.path == tmp_path / " a " / " b.mp4"
+    video(tmp_path / "c.mp4")
+    (tmp_path / "metadata.csv").write_text("video,prompt\n c.mp4 ,Sea\n")
+    assert open_source("metadata", tmp_path)[0].key == "c.mp4"
 
 
 def test_file_names_that_are_not_text(tmp_path):
@@ -92,5 +132,8 @@ def test_only_newlines_end_a_line(tmp_path):
     assert read_lines(tmp_path / "a.txt", what="list") == ["one\x0b\u2028more", "", "three", " ", ""]
 
 
-def test_repeated():
-    assert repeated("abcabda") == {3, 4, 6}
+@pytest.mark.parametrize("root", ["set", "/a/set", "../set", "a/../set"])
+def test_keys_of_paths_are_what_relpath_gives(root):
+    for name in ("a.mp4", "./a//b.mp4", "x/../a.mp4", "x/../../set/a.mp4", "../a.mp4", "..a.mp4", "/a/set/b.mp4", ".",
+                 " a.mp4", "a/..", os.path.abspath("set/c.mp4"), "//a.mp4"):  # fmt: skip
+        assert path_key(root, name) == os.path.relpath(os.path.join(root, name), root)

@@ -219,12 +219,20 @@ def test_a_paired_clip_that_cannot_be_used(folder):
     rejected(importer, 0, "file missing", "part2/id_three: three.mp4 does not exist in")
     (folder / "p.json").write_text(json.dumps([pair("part1/id_one", "part2/id_four")]))
     importer = open_source("opens2v", folder, pairs=str(folder / "p.json"))
-    rejected(importer, 0, "damaged record", "part2/id_four: KeyError('mask_annotation')")
+    rejected(importer, 0, "damaged record", "part2/id_four: it has no 'mask_annotation'")
 
 
 def test_records_that_are_not_whole(folder):
-    rejected(change(folder, metadata=KeyError), 0, "damaged record", "part1/id_odd: KeyError('metadata')")
-    rejected(change(folder, metadata__crop=[1, 2, 3]), 0, "damaged record", "part1/id_odd: ValueError")
+    rejected(change(folder, metadata=KeyError), 0, "damaged record", "part1/id_odd: it has no 'metadata'")
+    rejected(change(folder, metadata="x"), 0, "damaged record", "part1/id_odd: a field is of another kind")
+    rejected(change(folder, metadata__crop=[1, 2, 3]), 0, "damaged record", "crop is [1, 2, 3], expected 4 numbers")
+    for frame in (-3, "3", 3.5, None):
+        importer = change(folder, annotation__ann_frame_data__ann_frame_idx=frame)
+        rejected(importer, 0, "damaged record", f"part1/id_odd: {frame!r} is no number of a frame")
+    for size in ([1, 2, 3], [28, "x"], 5):
+        packed = {"3": {"1": {"size": size, "counts": "x"}}}
+        importer = change(folder, annotation__mask_annotation=packed)
+        rejected(importer, 0, "damaged record", f"the size of a mask is {size!r}, expected 2 numbers")
     for cut in ([0, "5"], [0, 4.5], [-3, -1], [5, 1], [5, 5], [math.inf, 5], [0, math.inf], [math.nan, 5], [1], "ab",
                 [True, 5], [0, None]):  # fmt: skip
         rejected(change(folder, metadata__face_cut=cut), 0, "damaged record", "part1/id_odd: ")
@@ -237,14 +245,14 @@ def test_records_that_are_not_whole(folder):
     rejected(change(folder, metadata__path="gone.mp4"), 0, "file missing", "gone.mp4 does not exist")
     rejected(change(folder, metadata__path="../../part1.json"), 0, "path outside the set", "../../part1.json is not in")
     rejected(change(folder, metadata__face_cap_qwen=""), 0, "no caption", "part1/id_odd has none")
-    rejected(change(folder, annotation__mask_annotation={}), 0, "damaged record", "KeyError('3')")
+    rejected(change(folder, annotation__mask_annotation={}), 0, "damaged record", "it has no '3'")
     broken = {"3": {"1": {"size": [28, 40], "counts": "o"}}}
     rejected(change(folder, annotation__mask_annotation=broken), 0, "damaged mask", "part1/id_odd, subject 1: a packed")
     importer = change(folder)
     assert importer[1].key == "part1/id_one"  # and the set goes on
     content = (folder / "part1.json").read_text()
     (folder / "part1.json").write_text(content.replace("[4, 44", "[1e400, 44", 1))
-    rejected(open_source("opens2v", folder), 0, "damaged record", "OverflowError")
+    rejected(open_source("opens2v", folder), 0, "damaged record", "crop is [inf, 44, 2, 30], expected 4 numbers")
     (folder / "part1.json").write_text(content.replace("[4, 44", f"[{'1' * 5000}, 44", 1))
     rejected(open_source("opens2v", folder), 0, "damaged record", "id_odd: not JSON")
 
@@ -270,18 +278,30 @@ def test_a_key_that_is_there_twice(folder):
     text = (folder / "part1.json").read_text()
     (folder / "part1.json").write_text(text.replace("id_two", "id_one"))
     importer = open_source("opens2v", folder)
-    assert importer[0].key == "part1/id_one"
-    rejected(importer, 1, "duplicate key", "part1/id_one was there before")
+    assert importer[0].key == importer[1].key == "part1/id_one" and importer[1].caption == "A cup in two."
 
 
 def test_sets_that_are_broken(tmp_path):
     refused("holds no .json file", "opens2v", tmp_path)
     for content, message in (("", "cannot mmap an empty file"), ("[]", "it is a list"), ("{}", "it has no records"),
+                             ('{"fps": 24, "name": "x"}', "it has no records"),
                              ('{"a": {"b": 1}', "it breaks off")):  # fmt: skip
         (tmp_path / "p.json").write_text(content)
         refused(f"p.json is not a JSON object of records ({message})", "opens2v", tmp_path)
     write_part(tmp_path / "p.json", ["one"])
     refused("videos nowhere is not a folder", "opens2v", tmp_path, videos="nowhere")
+
+
+def test_records_that_are_none_are_counted(folder):
+    content = json.loads((folder / "part1.json").read_text())
+    content = {"a": None, "b": "text {", **content, "c": 5.5, "d": [1], "e": "x"}
+    (folder / "part1.json").write_text(json.dumps(content))
+    importer = open_source("opens2v", folder)
+    assert [importer.key(i) for i in range(len(importer))] == [f"part1/{key}" for key in content]
+    for index, words in enumerate(("None", "'text {'", None, None, "5.5", "[1]", "'x'")):
+        if words:
+            rejected(importer, index, "damaged record", f"{words} is no record")
+    assert importer[3].caption == "A cup in two."
 
 
 # The scanner

@@ -64,7 +64,7 @@ def test_scores_and_collections(tmp_path):
     importer = open_source("subjects200k", tmp_path, both_directions=False)
     assert [importer.key(i)[-11:-5] for i in range(len(importer))] == ["000000", "000003", "000004", "000005"]
     assert importer.about["rows"] == 6 and importer.about["chosen"] == 4
-    rejected(importer, 2, "no scores", "a.parquet row 4: quality_assessment is null")
+    rejected(importer, 2, "no scores", "a.parquet row 4: a score in quality_assessment is null")
     rejected(importer, 3, "no scores", "row 5")
     assert len(open_source("subjects200k", tmp_path, both_directions=False, minimum_score=4)) == 5
     assert len(open_source("subjects200k", tmp_path, collections=["collection_1"])) == 2
@@ -86,6 +86,13 @@ def test_rows_that_are_not_whole(tmp_path):
     rejected(importer, 8, "unreadable picture", "row 4: the picture is not an image")
     rejected(importer, 10, "not two views", "row 5: 60x66 is not two squares side by side")
     assert importer[1].references  # and the set goes on
+
+
+def test_a_score_that_is_not_a_number(tmp_path):
+    rows = [subject_row(scores=(5.0, float("nan"), 5.0)), subject_row(scores=(5.0, 4.0, float("nan")))]
+    importer = open_source("subjects200k", parquet(tmp_path / "a.parquet", rows))
+    assert importer.about["chosen"] == 1, "a low score is a reason to leave a row out whatever the others are"
+    rejected(importer, 0, "no scores", "a.parquet row 0: a score in quality_assessment is null or NaN")
 
 
 def test_several_files_and_row_groups(tmp_path):
@@ -160,7 +167,7 @@ def test_files_that_differ_in_width_order_and_encoding(tmp_path):
     assert [importer.key(i)[:8] for i in range(len(importer))][::2] == ["0/000000", "1/000000", "2/000000", "3/000000",
                                                                        "3/000001"]  # fmt: skip
     assert all((pixels(importer[index].target) == (50, 200)[index % 2]).all() for index in range(6))
-    rejected(importer, 6, "no scores", "3.parquet row 0: quality_assessment is null")
+    rejected(importer, 6, "no scores", "3.parquet row 0: a score in quality_assessment is null")
     assert len(open_source("subjects200k", tmp_path, collections=["collection_2"])) == 6
     (tmp_path / "3.parquet").rename(tmp_path / "only.parquet")
     rejected(open_source("subjects200k", tmp_path / "only.parquet"), 0, "no scores", "row 0")
