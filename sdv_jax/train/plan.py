@@ -125,7 +125,7 @@ def losses(config: Config, objective: Objective) -> dict[str, Callable]:
         c = config.text_to_video
         return text_to_video.loss(
             model, batch["motion"], batch.get("identity"), empty_text, key, objective=objective,
-            image_weight=c.image_weight, first_frames=round(c.first_frame * c.batch_size), timesteps=timesteps,
+            image_weight=c.image_weight, first_frame=c.first_frame, timesteps=timesteps,
         )  # fmt: skip
 
     return {

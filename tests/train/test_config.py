@@ -88,6 +88,7 @@ def test_overrides_from_the_command_line_and_from_python_agree():
         ("--config.text.train_encoder=maybe", "config key 'text.train_encoder': expected bool, found 'maybe'"),
         ("--config.text.train_encoder=true", "'text.train_encoder': true needs train.mode='full', found 'lora'"),
         ("--config.train.mode=half", "config key 'train.mode': expected one of lora, full, found 'half'"),
+        ("--config.train.accumulate=0", "config key 'train.accumulate': expected a number above 0, found 0"),
         ("--config.optimizer.name=muon", "'muon' is for train.mode='full'"),
         ("--config.lora.targets=to_q", "config key 'lora.targets': expected tuple, found 'to_q'"),
         ("--steps=3", "argument '--steps=3' is not understood"),
