@@ -159,8 +159,8 @@ def load_trained(
 ) -> Denoiser:
     """The model of a run with the weights of its newest checkpoint: the moving average, if one was kept and `averaged`.
 
-    `data` replaces what the run's config names; only whether its text is token ids matters. Raises UserError without a
-    checkpoint.
+    The run may be at work: its workdir is only read. `data` replaces what the run's config names; only whether its text
+    is token ids matters. Raises UserError without a checkpoint.
     """
     workdir = Path(workdir)
     config = record.read(workdir)
@@ -170,7 +170,7 @@ def load_trained(
     graph, trained, frozen = state.split(model, mode=config.train.mode, train_encoder=config.text.train_encoder)
     like = state.create(trained, optimizer.make(config.optimizer, config.train.steps), ema=config.train.ema_decay > 0)
     origin = Origin.of(plan.run_key(config), frozen)
-    checkpoints = Checkpoints(workdir / "checkpoints", origin, keep=config.train.keep)
+    checkpoints = Checkpoints(workdir / "checkpoints", origin, reading=True)
     try:
         found = checkpoints.restore(like, data={"sets": {}})
     finally:

@@ -164,6 +164,34 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_those_before_stay(w
     assert _run(workdir, **{"train.steps": 8}).finished
 
 
+def test_loading_leaves_a_run_at_work_alone(workdir, capsys):
+    """Also with a damaged newest checkpoint, one that is being written, and one that the run replaces meanwhile."""
+    folder = workdir / "checkpoints"
+    shutil.copytree(folder / "6", folder / "8.orbax-checkpoint-tmp")
+    (folder / "6" / "state" / "_METADATA").unlink()
+    before = sorted(folder.rglob("*"))
+    loop.load_trained(workdir, data=tiny.data())
+    assert "checkpoints/6 cannot be read (" in capsys.readouterr().err and sorted(folder.rglob("*")) == before
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no checkpoint there; train first"):
+        loop.load_trained(workdir, data=tiny.data())
+    assert not folder.exists()
+
+
+def test_a_checkpoint_that_a_run_at_work_has_replaced_is_not_damaged(workdir, monkeypatch, capsys):
+    restore, folder = ocp.CheckpointManager.restore, workdir / "checkpoints"
+
+    def late(manager, step, **options):
+        for old in (2, 4, 6):
+            if (folder / str(old)).exists() and step == 6:
+                (folder / str(old)).rename(folder / str(old + 10))
+        return restore(manager, step, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", late)
+    loop.load_trained(workdir, data=tiny.data())
+    assert "cannot be read" not in capsys.readouterr().err
+
+
 def test_what_a_killed_writer_left_goes(workdir):
     left = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
     shutil.copytree(workdir / "checkpoints" / "6", left)
