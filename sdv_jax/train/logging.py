@@ -193,11 +193,14 @@ def _spent(path: Path, step: int) -> float:
     return total
 
 
-def truncate(path: Path, step: int) -> None:
-    """Keeps the lines of steps before `step`: later ones will be written again. A half-written last line goes too."""
+def truncate(path: Path, step: int) -> dict | None:
+    """Keeps the lines of steps before `step`: later ones will be written again. A half-written last line goes too.
+
+    Returns what the last line kept says.
+    """
     if not path.exists():
-        return
-    kept = []
+        return None
+    kept, last = [], None
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
@@ -205,6 +208,8 @@ def truncate(path: Path, step: int) -> None:
             break
         if record["step"] < step:
             kept.append(line + "\n")
+            last = record
     fresh = path.with_suffix(".partial")
     fresh.write_text("".join(kept))
     os.replace(fresh, path)
+    return last

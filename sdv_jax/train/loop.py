@@ -106,15 +106,17 @@ def _run(
     # ---- Resume -----------------------------------------------------------------------------------------------------
     origin = Origin.of(key, frozen)
     checkpoints = Checkpoints(workdir / "checkpoints", origin, keep=c.keep, keep_every=c.keep_every)
-    start, current = checkpoints.restore(current, data=schedule.data_state(0)) or (0, current)
+    restored = checkpoints.restore(current, data=schedule.data_state(0))
+    start, current = restored or (0, current)
     record.claim(workdir, config, changed)
     stop = min(c.steps, c.steps if stop_after is None else stop_after)
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
     watched = monitors.records(
-        config, held, graph, frozen, objective, empty_text, devices=devices, workdir=workdir, start=start
-    )
-    if sampler and c.sample_every:
+        config, held, graph, frozen, objective, empty_text, devices=devices, workdir=workdir,
+        kept=start if restored else -1,
+    )  # fmt: skip
+    if sampler and c.sample_every and start < c.steps:  # the sheets of a run that is done are there
         watched.append(_samples(sampler, graph, frozen, c.sample_every, workdir / "samples"))
     costs = throughput.Costs(config, schedule.losses, base.traits.geometry, graph)
     log = _log(config, workdir, schedule, start, shown)
@@ -141,7 +143,7 @@ def _run(
                 save(done, current)
                 log.restart_clock()
         log.flush()
-        if done == c.steps and start < done:
+        if done == c.steps:
             _watch(watched, current, done, log)
         save(done, current)
 

@@ -1,7 +1,7 @@
 """What a run looks at every so many steps: losses on held-out rows, the tasks' gradients, samples.
 
-A monitor is (every, call): `call(state, steps done)`. Records go to `validation.jsonl` and `gradients.jsonl` in the
-workdir, one line each, from step 0 on; a resumed run cuts them back to its checkpoint first.
+Records go to `validation.jsonl` and `gradients.jsonl` in the workdir, one line each, from step 0 on. A resumed run cuts
+them back to its checkpoint first: the record of that very state may be there already, or not yet.
 """
 
 import json
@@ -28,20 +28,35 @@ _NOISE = 0x5EED  # the key of all held-out noise, whatever the run's seed
 
 
 class Monitor(NamedTuple):
-    """Called with the state after every `every` steps."""
+    """Called with (state, steps done) after every `every` steps."""
 
     every: int
     call: Callable[[TrainState, int], None]
 
 
+class _File:
+    """The records of one file, of which those of later steps than `kept` will be made again."""
+
+    def __init__(self, path: Path, kept: int, devices: Devices):
+        self.path, self.newest = path, truncate(path, kept + 1) if is_writer() else None
+        self.step = devices.from_writer(self.newest["step"] if self.newest else -1)
+
+    def record(self, steps: int, measure: Callable[[], Mapping[str, object]]) -> None:
+        """Measures and writes the record of the state after `steps` steps, unless it is there."""
+        if steps == self.step:
+            return
+        record = {"step": steps} | measure()
+        if is_writer():
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+
 def records(
     config: Config, held: HeldOut, graph: nnx.GraphDef, frozen: Tree, objective: Objective, empty_text: Array, *,
-    devices: Devices, workdir: Path, start: int,
+    devices: Devices, workdir: Path, kept: int,
 ) -> list[Monitor]:  # fmt: skip
-    """The monitors that write records."""
-    if is_writer():
-        for name in (VALIDATION, GRADIENTS):
-            truncate(workdir / name, start)
+    """The monitors that write records. Those that are there are true up to step `kept`, that of a checkpoint."""
+    files = {name: _File(workdir / name, kept, devices) for name in (VALIDATION, GRADIENTS)}
     key, found = devices.replicate(jax.random.key(_NOISE)), []
 
     def batches(name: str):
@@ -50,12 +65,15 @@ def records(
     if config.validation.every:
         measure = _validation(config, graph, objective)
 
-        def validate(state: TrainState, steps: int) -> None:
-            told: dict[str, object] = {"step": steps}
+        def losses(state: TrainState) -> dict[str, dict]:
+            told = {}
             for task, (name, run) in measure.items():
                 bins = run(result(state), frozen, batches(name), empty_text, key)
                 told[task] = {"loss": sum(bins) / len(bins), "bins": bins}
-            _append(workdir / VALIDATION, told)
+            return told
+
+        def validate(state: TrainState, steps: int) -> None:
+            files[VALIDATION].record(steps, lambda: losses(state))
 
         found.append(Monitor(config.validation.every, validate))
     if config.gradients.every:
@@ -63,8 +81,7 @@ def records(
 
         def against(state: TrainState, steps: int) -> None:
             by_task = {task: batches(task) for task in gradients.TASKS}
-            told = compare(state.trained, frozen, by_task, empty_text, key)
-            _append(workdir / GRADIENTS, {"step": steps} | told)
+            files[GRADIENTS].record(steps, lambda: compare(state.trained, frozen, by_task, empty_text, key))
 
         found.append(Monitor(config.gradients.every, against))
     return found
@@ -78,9 +95,3 @@ def _validation(config: Config, graph: nnx.GraphDef, objective: Objective) -> di
         program: (name, validation.make(graph, losses[program], timesteps=timesteps, rows=sizes[name]))
         for program, name in plan.measured_on(config).items()
     }
-
-
-def _append(path: Path, record: Mapping) -> None:
-    if is_writer():
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def _run(workdir, data=None, **settings):
-    return loop.run(tiny.config(**SETTINGS | settings), workdir, data=data or tiny.data(), shown=False)
+def _run(workdir, data=None, *, stop_after=None, **settings):
+    config = tiny.config(**SETTINGS | settings)
+    return loop.run(config, workdir, data=data or tiny.data(), shown=False, stop_after=stop_after)
 
 
 def _lines(workdir, name):
@@ -55,6 +57,18 @@ def test_a_resumed_run_leaves_the_same_records(finished, tmp_path):
     loop.run(config, tmp_path, data=tiny.data(), shown=False)
     for name in ("validation.jsonl", "gradients.jsonl"):
         assert _lines(tmp_path, name) == _lines(finished, name)
+
+
+def test_each_due_step_has_one_record_whenever_the_run_was_ended(finished, tmp_path):
+    """Between the checkpoint of step 2 and its records; between the last records and their checkpoint; when done."""
+    _run(tmp_path, stop_after=2)
+    assert [line["step"] for line in _lines(tmp_path, "validation.jsonl")] == [0]
+    for end in ("between", "before the last checkpoint", "done"):
+        if end == "before the last checkpoint":
+            shutil.rmtree(tmp_path / "checkpoints" / "4")
+        _run(tmp_path)
+        for name in ("validation.jsonl", "gradients.jsonl"):
+            assert _lines(tmp_path, name) == _lines(finished, name), end
 
 
 def test_gradients_are_those_of_the_two_losses(finished):
