@@ -85,7 +85,7 @@ def _run(
     datasets.check(config, data, base.traits)
     first = next(iter(data.values()), None)
     objective = setup.objective(config, base, first.scale if first else base.traits.latents)
-    parts, held = heldout.split(config, {name: mixture.parts() for name, mixture in data.items()})
+    parts, held = heldout.split(config, {name: mixture.parts() for name, mixture in data.items()}, devices)
     schedule = plan.make(config, parts, objective, key, devices)
     token_ids = any(bucket.has_token_ids for mixture in data.values() for bucket in mixture.buckets)
     model = model or setup.model(config, base, token_ids=token_ids, mesh=devices.mesh)

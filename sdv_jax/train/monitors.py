@@ -90,7 +90,7 @@ def records(
 def _validation(config: Config, graph: nnx.GraphDef, objective: Objective) -> dict[str, tuple[str, Callable]]:
     """Program -> (dataset, the function that measures it)."""
     timesteps = bin_middles(config.validation.bins, schedule=objective.schedule)
-    losses, sizes = plan.losses(config, objective.without_dropout()), plan.batch_sizes(config)
+    losses, sizes = plan.losses(config, objective.without_dropout()), plan.part_sizes(config)
     return {
         program: (name, validation.make(graph, losses[program], timesteps=timesteps, rows=sizes[name]))
         for program, name in plan.measured_on(config).items()

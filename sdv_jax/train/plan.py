@@ -65,7 +65,7 @@ def make(
     reads = {name: _reads(name, programs) for name in trained_on(config)}
     sizes, split = batch_sizes(config), config.train.accumulate
     for name in reads:
-        devices.check(name if config.train.objective == "subject" else config.train.objective, sizes[name], split)
+        check_size(config, name, devices)
     mine = {name: devices.mine(sizes[name], split) for name in reads}
     streams = {
         name: Stream.of(
@@ -103,6 +103,17 @@ def batch_sizes(config: Config) -> dict[str, int]:
     if config.train.objective == "text_to_video":
         return {"identity": config.text_to_video.image_batch_size, "motion": config.text_to_video.batch_size}
     return {"identity": config.identity.batch_size, "motion": config.motion.batch_size}
+
+
+def part_sizes(config: Config) -> dict[str, int]:
+    """Rows of each dataset that are on the devices at once: those of one part of a batch."""
+    return {name: size // config.train.accumulate for name, size in batch_sizes(config).items()}
+
+
+def check_size(config: Config, name: str, devices: Devices) -> None:
+    """Raises UserError unless each part of a batch of the dataset is cut evenly over the devices."""
+    section = name if config.train.objective == "subject" else config.train.objective
+    devices.check(section, batch_sizes(config)[name], config.train.accumulate)
 
 
 def losses(config: Config, objective: Objective) -> dict[str, Callable]:

@@ -77,7 +77,7 @@ def test_gradients_are_those_of_the_two_losses(finished):
     base = setup.about(config)
     objective = setup.objective(config, base, tiny.SCALE)
     parts = {name: loop.Mixture.of(dataset, name).parts() for name, dataset in tiny.data().items()}
-    _, held = heldout.split(config, parts)
+    _, held = heldout.split(config, parts, Devices(None))
     graph, trained, frozen = state.split(setup.model(config, base, token_ids=False), mode="lora", train_encoder=False)
     flat = []
     for task in gradients.TASKS:
@@ -136,6 +136,18 @@ def test_bins_are_the_middles_of_the_noise_levels():
 def test_rows_that_cannot_be_held_out_are_told(tmp_path, settings, expected):
     with pytest.raises(UserError, match=expected):
         _run(tmp_path, **settings)
+
+
+def test_held_out_batches_are_as_large_as_the_parts_of_a_step(capsys):
+    """More rows at once could be more than the devices have room for; those that are left over are told."""
+    config = tiny.config(**SETTINGS | {"train.accumulate": 2, "validation.rows": 5})
+    parts = {name: loop.Mixture.of(dataset, name).parts() for name, dataset in tiny.data().items()}
+    _, held = heldout.split(config, parts, Devices(None))
+    assert "'validation.rows': 1 of 5 rows of motion fill no batch of 2 and are not" in capsys.readouterr().err
+    for name in ("identity", "motion"):
+        assert [batch[name]["mean"].shape[0] for batch in held.batches(name, Devices(None))] == [2, 2]
+    with pytest.raises(UserError, match="4 rows cannot be cut evenly into train.accumulate = 8 parts"):
+        heldout.split(tiny.config(**SETTINGS | {"train.accumulate": 8}), parts, Devices(None))
 
 
 def test_one_task_alone_has_nothing_to_compare(tmp_path):
