@@ -3,11 +3,11 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from sdv_jax.data import loading
+from sdv_jax.data import loading, locks
 from sdv_jax.data.files import make_folder
 from sdv_jax.data.loading import Dataset, Mixture
 from sdv_jax.errors import UserError
@@ -60,13 +60,14 @@ def run(
     `stop_after` ends the run early, after that many steps in all, with a checkpoint. `data` and `model` replace what
     the config names. SIGTERM and SIGINT, to any process, end the run after the step at hand (with several processes at
     most two later, the same for all), with a checkpoint; `Result.finished` is then False. Before the first step they
-    raise `processes.Stopped`. Raises UserError for a wrong config, data that do not fit, a workdir of another run, a
-    loss that is not finite, and a checkpoint that cannot be written. When another process dies, this one ends at once,
-    with `heartbeat.PEER_LOST` as its status.
+    raise `processes.Stopped`. Raises UserError for a wrong config, data that do not fit, a workdir of another run or in
+    which one is at work, a loss that is not finite, and a checkpoint that cannot be written. When another process dies,
+    this one ends at once, with `heartbeat.PEER_LOST` as its status.
     """
     workdir = make_folder(workdir, what="workdir")
     devices = Devices.of(config.mesh)
-    with processes.stop_requests() as signals, Heartbeat.of(workdir, config.train.heartbeat):
+    beating = Heartbeat.of(workdir, config.train.heartbeat)
+    with processes.stop_requests() as signals, beating, _alone(workdir, devices):
         data = datasets.load(config, workdir / "data") if data is None else _mixtures(data)
         with devices.on_mesh():
             return _run(
@@ -180,6 +181,16 @@ def load_trained(
     if found is None:
         raise UserError(f"{workdir}: no checkpoint there; train first")
     return state.join(graph, state.result(found[1]) if averaged else found[1].trained, frozen)
+
+
+@contextmanager
+def _alone(workdir: Path, devices: Devices) -> Iterator[None]:
+    """No other run is at work in the workdir: two would remove each other's checkpoints and cut each other's files."""
+    with ExitStack() as held:
+        free = held.enter_context(locks.whole(workdir, key="--workdir")) if processes.is_writer() else True
+        if not devices.from_writer(free):
+            raise UserError(f"workdir {workdir}: a run is at work there; wait for its end, or use a new --workdir")
+        yield
 
 
 def _mixtures(data: Mapping[str, Dataset | Mixture]) -> dict[str, Mixture]:
