@@ -150,10 +150,10 @@ def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _check_data(where: Path, before: Mapping, now: Mapping) -> None:
-    """`sets` are the fingerprints of the data of each stream, which a run must not change under itself."""
+    """`sets` are fingerprints and shares of the data of each stream, which a run must not change under itself."""
     changed = [name for name, sets in before.get("sets", {}).items() if now["sets"].get(name, sets) != sets]
     if changed:
         raise UserError(
-            f"checkpoint {where} was trained on other data: data.{changed[0]} has changed since; restore it, or use a "
-            "new workdir"
+            f"checkpoint {where} was trained on other data: data.{changed[0]} has changed since, in its content or its "
+            "shares; restore it, or use a new workdir"
         )

@@ -36,12 +36,12 @@ class Plan:
     def data_state(self, step: int) -> dict[str, dict]:
         """Where a run is in its data before `step`: batches read of each stream, and what is in the streams.
 
-        The position follows from the step; the fingerprints show whether the data are still those that were read.
+        The position follows from the step; fingerprints and shares show whether that is still where it was.
         """
         streams = self.batches.streams
         return {
             "position": {name: sum(name in reads for reads in self.batches.plan[:step]) for name in streams},
-            "sets": {name: [part.fingerprint for part in stream.parts] for name, stream in streams.items()},
+            "sets": {name: _content(stream) for name, stream in streams.items()},
         }
 
 
@@ -177,6 +177,15 @@ def _subject_programs(config: Config, key: Key[Array, ""]) -> tuple[str, ...]:
     dropped = switching.view_drop_schedule(key, steps, config.identity.view_drop)
     image = np.where(dropped, "identity/no_reference", "identity")
     return tuple(np.where(is_motion, "motion", image).tolist())
+
+
+def _content(stream: Stream) -> list[str]:
+    """The fingerprints of the parts of a stream; of several datasets their shares too, in parts of the whole."""
+    weights: dict[str, float] = {}
+    for part in stream.parts:
+        weights[part.name] = weights.get(part.name, 0.0) + part.weight
+    shares = [f"{weight / sum(weights.values()):.6f}" for weight in weights.values()]
+    return [part.fingerprint for part in stream.parts] + (shares if len(shares) > 1 else [])
 
 
 def _reads(stream: str, programs: tuple[str, ...]) -> np.ndarray:

@@ -9,8 +9,10 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from sdv_jax.data.loading import Mixture
 from sdv_jax.errors import UserError
-from sdv_jax.train import loop, setup, state, step
+from sdv_jax.train import checkpointing, loop, plan, setup, state, step
+from sdv_jax.train.devices import Devices
 from tests.train import tiny
 
 SETTINGS = {"train.save_every": 2, "train.keep": 3}
@@ -101,6 +103,24 @@ def test_data_that_changed_under_the_run_are_refused(workdir):
     data = tiny.data() | {"motion": tiny.dataset(10, frames=2, views=5, seed=7)}
     with pytest.raises(UserError, match="data.motion has changed since"):
         _run(workdir, data=data, **{"train.steps": 8})
+
+
+def test_other_shares_are_other_data():
+    """Which batch comes when follows from the shares, of those that were read too; folders may move."""
+    config = tiny.config()
+    base = setup.about(config)
+    objective, found = setup.objective(config, base, tiny.SCALE), []
+    for shares in ({"a": 3.0, "b": 1.0}, {"a": 1.0, "b": 3.0}, {"c": 6.0, "d": 2.0}, {"a": 1.0}):
+        sets = {name: tiny.dataset(10, frames=2, views=5, seed=seed) for seed, name in enumerate(shares)}
+        parts = {"identity": Mixture.of(tiny.data()["identity"], "pairs").parts()}
+        parts["motion"] = Mixture(sets, shares).parts()
+        found.append(plan.make(config, parts, objective, jax.random.key(0), Devices(None)).data_state(0)["sets"])
+    three, one, moved, alone = found
+    assert three["motion"] != one["motion"] and three == moved
+    assert all(len(state["identity"]) == 1 for state in found) and len(alone["motion"]) == 1
+    checkpointing._check_data("checkpoints/2", {"sets": three}, {"sets": moved})
+    with pytest.raises(UserError, match="data.motion has changed since, in its content or its shares; restore it"):
+        checkpointing._check_data("checkpoints/2", {"sets": three}, {"sets": one})
 
 
 def test_changed_settings_are_named_and_only_harmless_ones_are_taken(workdir, capsys):
