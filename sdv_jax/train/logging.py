@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,8 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from sdv_jax.errors import UserError
+from sdv_jax.data.files import replacing
+from sdv_jax.errors import UserError, one_line
 from sdv_jax.train.throughput import Cost, Meter
 
 METRICS, NOT_FINITE = "metrics.jsonl", "not_finite.json"
@@ -146,20 +148,38 @@ def check_boards(wandb_project: str) -> None:
 
 
 class WandB:
-    """Scalars to a project of Weights & Biases; one run per workdir, which a restart goes on with."""
+    """Scalars to a project of Weights & Biases; one run per workdir, which a restart goes on with.
+
+    Raises UserError where the run there does not begin.
+    """
 
     def __init__(self, project: str, workdir: Path, config: Mapping):
-        import wandb
+        try:
+            import wandb
 
-        self.run = wandb.init(
-            project=project, name=workdir.name, id=workdir.name, dir=str(workdir), config=dict(config), resume="allow"
-        )
+            self.run = wandb.init(
+                project=project, name=workdir.resolve().name, id=_run_id(workdir / "wandb_id"), dir=str(workdir),
+                config=dict(config), resume="allow",
+            )  # fmt: skip
+        except Exception as error:  # of the account, of the network, or of wandb itself
+            raise UserError(
+                f"config key 'log.wandb_project': Weights & Biases does not begin ({one_line(error)}); wandb login, or "
+                "WANDB_MODE=offline, or leave it empty"
+            ) from error
 
     def write(self, scalars: Mapping[str, float], step: int) -> None:
         self.run.log(dict(scalars), step=step)
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _run_id(path: Path) -> str:
+    """Drawn once per workdir: folders of one name are not one run."""
+    if not path.exists():
+        with replacing(path, what="id") as fresh:
+            fresh.write_text(secrets.token_hex(8))
+    return path.read_text()
 
 
 def since_first_start(workdir: Path, *, step: int, write: bool) -> tuple[float, float]:

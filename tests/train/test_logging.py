@@ -101,10 +101,28 @@ def test_scalars_go_to_every_board_at_log_every(tmp_path, monkeypatch):
     log.flush()
     log.close()
     options, *points = calls
-    assert options["project"] == "subjects" and options["resume"] == "allow" and options["id"] == tmp_path.name
+    assert options["project"] == "subjects" and options["resume"] == "allow"
     assert [step for step, _ in points] == [0, 1]
     assert points[0][1]["motion/loss"] == 2.0 and "motion/tokens_per_second" in points[0][1]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_workdir_is_one_run_of_wandb_whatever_its_name(tmp_path, monkeypatch):
+    ids = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: ids.append(options["id"])))
+    for folder in ("a", "a", "b"):
+        (tmp_path / folder / "run").mkdir(parents=True, exist_ok=True)
+        WandB("subjects", tmp_path / folder / "run", {})
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_run_of_wandb_that_does_not_begin_is_one_line(tmp_path, monkeypatch):
+    def fail(**_):
+        raise RuntimeError("api_key not configured (no-tty)\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail))
+    with pytest.raises(UserError, match=r"'log.wandb_project': .* \(api_key not configured \(no-tty\)\); wandb lo"):
+        WandB("subjects", tmp_path, {})
 
 
 def test_a_stop_asked_for_on_any_device_is_heard_one_step_late(tmp_path, monkeypatch):
