@@ -263,7 +263,7 @@ def _check_choices(config: Config) -> None:
             "config key 'gradients.every': compares the gradients of two tasks and needs train.objective='subject', "
             f"found {config.train.objective!r}; leave it 0"
         )
-    if config.train.objective == "subject" and config.train.mode == "lora" and config.optimizer.name == "muon":
+    if config.train.mode == "lora" and config.optimizer.name == "muon":
         raise UserError("config key 'optimizer.name': 'muon' is for train.mode='full', found 'lora'; use 'adamw'")
 
 

@@ -101,6 +101,14 @@ def test_a_mistake_is_one_line_that_names_the_key(word, expected):
     assert expected in _line(error)
 
 
+@pytest.mark.parametrize("objective", ["subject", "text_to_video"])
+def test_muon_has_nothing_to_do_in_an_adapter(objective):
+    settings = {"train.objective": objective, "optimizer.name": "muon"}
+    with pytest.raises(UserError, match="'optimizer.name': 'muon' is for train.mode='full', found 'lora'; use 'adamw'"):
+        configs.load("configs/base.py", settings)
+    assert configs.load("configs/base.py", settings | {"train.mode": "full"}).optimizer.name == "muon"
+
+
 def test_a_file_with_a_misspelt_key_is_told_apart(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(
