@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -76,6 +78,11 @@ class RunLog:
         late, self.pending = self.pending, None
         self._write(late)
 
+    def show(self, values: Mapping[str, float | Path], step: int) -> None:
+        """Puts numbers, as points of curves, and pictures on the boards."""
+        for board in self.boards:
+            board.write(values, step)
+
     def restart_clock(self) -> None:
         """Leaves the time since the last step, spent on a checkpoint or samples, out of the next step's seconds."""
         self.clock = time.perf_counter()
@@ -112,8 +119,7 @@ class RunLog:
             told |= {"mfu": f"{rates['mfu']:.1%}"} if "mfu" in rates else {}
             self.bar.set_postfix(task=step.task["task"], **told, refresh=False)
             names = (*values, "seconds", *rates)
-            for board in self.boards:
-                board.write({f"{step.task['task']}/{name}": record[name] for name in names}, step.number)
+            self.show({f"{step.task['task']}/{name}": record[name] for name in names}, step.number)
 
     def _refuse(self, step: Step, values: dict[str, float]) -> None:
         if self.file:
@@ -128,14 +134,18 @@ class RunLog:
 
 
 class TensorBoard:
-    """Scalars as TensorBoard files in `folder`, from step `start` on."""
+    """Numbers and pictures as TensorBoard files in `folder`, from step `start` on."""
 
     def __init__(self, folder: Path, start: int):
         self.writer = SummaryWriter(str(folder), purge_step=start)
 
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+    def write(self, values: Mapping[str, float | Path], step: int) -> None:
+        for name, value in values.items():
+            if isinstance(value, Path):
+                with Image.open(value) as picture:
+                    self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            else:
+                self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self.writer.close()
@@ -148,7 +158,7 @@ def check_boards(wandb_project: str) -> None:
 
 
 class WandB:
-    """Scalars to a project of Weights & Biases; one run per workdir, which a restart goes on with.
+    """Numbers and pictures to a project of Weights & Biases; one run per workdir, which a restart goes on with.
 
     Raises UserError where the run there does not begin.
     """
@@ -157,6 +167,7 @@ class WandB:
         try:
             import wandb
 
+            self.picture = wandb.Image
             self.run = wandb.init(
                 project=project, name=workdir.resolve().name, id=_run_id(workdir / "wandb_id"), dir=str(workdir),
                 config=dict(config), resume="allow",
@@ -167,8 +178,9 @@ class WandB:
                 "WANDB_MODE=offline, or leave it empty"
             ) from error
 
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(scalars), step=step)
+    def write(self, values: Mapping[str, float | Path], step: int) -> None:
+        shown = {name: self.picture(str(value)) if isinstance(value, Path) else value for name, value in values.items()}
+        self.run.log(shown, step=step)
 
     def close(self) -> None:
         self.run.finish()

@@ -34,7 +34,7 @@ from sdv_jax.train.logging import RunLog, Step
 from sdv_jax.train.monitors import Monitor
 from sdv_jax.train.state import TrainState
 
-# (model, steps done, folder): draws samples with fixed seeds and leaves a contact sheet in the folder.
+# (model, steps done, folder): draws samples with fixed seeds and leaves a contact sheet, folder/step_NNNNNN.png.
 Sampler = Callable[[Denoiser, int, Path], None]
 
 
@@ -231,17 +231,19 @@ def _save(checkpoints: Checkpoints, config: Config, schedule: plan.Plan, done: i
 
 
 def _watch(watched: list[Monitor], current: TrainState, done: int, log: RunLog) -> None:
-    """Calls the monitors whose turn it is after `done` steps."""
+    """Calls the monitors whose turn it is after `done` steps, and shows what they found."""
     for every, call in watched:
         if done % every == 0:
             log.flush()
-            call(current, done)
+            log.show(call(current, done), done)
             log.restart_clock()
 
 
 def _samples(sampler: Sampler, graph, frozen, every: int, folder: Path) -> Monitor:
-    def draw(current: TrainState, done: int) -> None:
+    def draw(current: TrainState, done: int) -> dict[str, Path]:
         if done:
             sampler(state.join(graph, state.result(current), frozen), done, folder)
+        sheet = folder / f"step_{done:06d}.png"
+        return {"samples": sheet} if sheet.exists() else {}
 
     return Monitor(every, draw)

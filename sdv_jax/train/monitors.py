@@ -24,14 +24,15 @@ from sdv_jax.train.state import TrainState, Tree, result
 from sdv_jax.typing import Array
 
 VALIDATION, GRADIENTS = "validation.jsonl", "gradients.jsonl"
+_CURVES = ("cosine", "norm_identity", "norm_motion")  # of a record of gradients
 _NOISE = 0x5EED  # the key of all held-out noise, whatever the run's seed
 
 
 class Monitor(NamedTuple):
-    """Called with (state, steps done) after every `every` steps."""
+    """Called with (state, steps done) after every `every` steps; returns what boards show: numbers and pictures."""
 
     every: int
-    call: Callable[[TrainState, int], None]
+    call: Callable[[TrainState, int], Mapping[str, float | Path]]
 
 
 class _File:
@@ -41,14 +42,17 @@ class _File:
         self.path, self.newest = path, truncate(path, kept + 1) if is_writer() else None
         self.step = devices.from_writer(self.newest["step"] if self.newest else -1)
 
-    def record(self, steps: int, measure: Callable[[], Mapping[str, object]]) -> None:
-        """Measures and writes the record of the state after `steps` steps, unless it is there."""
+    def record(self, steps: int, measure: Callable[[], Mapping[str, object]]) -> Mapping[str, object]:
+        """The record of the state after `steps` steps: measured and written, unless it is there, which only the process
+        that writes can read.
+        """
         if steps == self.step:
-            return
+            return self.newest or {}
         record = {"step": steps} | measure()
         if is_writer():
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
+        return record
 
 
 def records(
@@ -72,16 +76,21 @@ def records(
                 told[task] = {"loss": sum(bins) / len(bins), "bins": bins}
             return told
 
-        def validate(state: TrainState, steps: int) -> None:
-            files[VALIDATION].record(steps, lambda: losses(state))
+        def validate(state: TrainState, steps: int) -> dict[str, float]:
+            told, curves = files[VALIDATION].record(steps, lambda: losses(state)), {}
+            for task in measure.keys() & told.keys():
+                curves[f"validation/{task}"] = told[task]["loss"]
+                curves |= {f"validation/{task}/bin_{i}": loss for i, loss in enumerate(told[task]["bins"])}
+            return curves
 
         found.append(Monitor(config.validation.every, validate))
     if config.gradients.every:
         compare = gradients.make(graph, plan.losses(config, objective))
 
-        def against(state: TrainState, steps: int) -> None:
+        def against(state: TrainState, steps: int) -> dict[str, float]:
             by_task = {task: batches(task) for task in gradients.TASKS}
-            files[GRADIENTS].record(steps, lambda: compare(state.trained, frozen, by_task, empty_text, key))
+            told = files[GRADIENTS].record(steps, lambda: compare(state.trained, frozen, by_task, empty_text, key))
+            return {f"gradients/{name}": told[name] for name in _CURVES if name in told}
 
         found.append(Monitor(config.gradients.every, against))
     return found

@@ -8,7 +8,7 @@ import pytest
 
 from sdv_jax.diffusion import bin_middles, noise_schedule
 from sdv_jax.errors import UserError
-from sdv_jax.train import gradients, heldout, loop, plan, setup, state
+from sdv_jax.train import gradients, heldout, logging, loop, plan, setup, state
 from sdv_jax.train.devices import Devices
 from tests.train import tiny
 
@@ -59,16 +59,26 @@ def test_a_resumed_run_leaves_the_same_records(finished, tmp_path):
         assert _lines(tmp_path, name) == _lines(finished, name)
 
 
-def test_each_due_step_has_one_record_whenever_the_run_was_ended(finished, tmp_path):
-    """Between the checkpoint of step 2 and its records; between the last records and their checkpoint; when done."""
+def test_each_due_step_has_one_record_whenever_the_run_was_ended(finished, tmp_path, monkeypatch):
+    """Between the checkpoint of step 2 and its records; between the last records and their checkpoint; when done.
+
+    TensorBoard forgets what is of the state a run goes on from and later, and is told it again.
+    """
+    shown = []
+    monkeypatch.setattr(logging.TensorBoard, "write", lambda self, values, step: shown.append((step, values)))
     _run(tmp_path, stop_after=2)
     assert [line["step"] for line in _lines(tmp_path, "validation.jsonl")] == [0]
-    for end in ("between", "before the last checkpoint", "done"):
+    for end, steps in (("between", [2, 4]), ("before the last checkpoint", [2, 4]), ("done", [4])):
+        shown.clear()
         if end == "before the last checkpoint":
             shutil.rmtree(tmp_path / "checkpoints" / "4")
         _run(tmp_path)
         for name in ("validation.jsonl", "gradients.jsonl"):
             assert _lines(tmp_path, name) == _lines(finished, name), end
+        for curve in ("validation/motion", "validation/identity/bin_2", "gradients/cosine", "gradients/norm_motion"):
+            assert [step for step, values in shown if curve in values] == steps, (end, curve)
+    last = {name: value for step, values in shown for name, value in values.items() if step == 4}
+    assert last["validation/motion"] == _lines(finished, "validation.jsonl")[-1]["motion"]["loss"]
 
 
 def test_gradients_are_those_of_the_two_losses(finished):
