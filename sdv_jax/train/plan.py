@@ -111,9 +111,17 @@ def part_sizes(config: Config) -> dict[str, int]:
 
 
 def check_size(config: Config, name: str, devices: Devices) -> None:
-    """Raises UserError unless each part of a batch of the dataset is cut evenly over the devices."""
+    """Raises UserError unless each part of a batch of the dataset is cut evenly over the devices, and so are its clips
+    with a first frame and those without.
+    """
     section = name if config.train.objective == "subject" else config.train.objective
     devices.check(section, batch_sizes(config)[name], config.train.accumulate)
+    share, rows = config.text_to_video.first_frame, part_sizes(config)[name]
+    if name == "motion" and round(share * rows) % devices.shards:
+        raise UserError(
+            f"config key 'text_to_video.first_frame': {round(share * rows)} of the {rows} clips of a part cannot be "
+            f"cut evenly over {devices.shards} devices; give a share that is a multiple of {devices.shards} clips"
+        )
 
 
 def losses(config: Config, objective: Objective) -> dict[str, Callable]:

@@ -1,6 +1,7 @@
 """Wan in the training loop: the same configs, with another family."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from sdv_jax.errors import UserError
 from sdv_jax.objectives import text_to_video
 from sdv_jax.train import config as configs
 from sdv_jax.train import loop, plan, setup
+from sdv_jax.train.devices import Devices
 from tests.train import tiny
 from tests.train.tiny_wan import config, data
 
@@ -126,6 +128,10 @@ def test_first_frames_need_a_model_that_takes_them_and_clips_that_go_on(tmp_path
         with pytest.raises(UserError, match=expected):
             config(**wanted | {"text_to_video.first_frame": share, "train.accumulate": parts,
                                "text_to_video.batch_size": 4})  # fmt: skip
+    settings = config(**wanted | {"text_to_video.batch_size": 8})
+    plan.check_size(settings, "motion", Devices(SimpleNamespace(size=4)))
+    with pytest.raises(UserError, match="'text_to_video.first_frame': 4 of the 8 clips of a part cannot .* over 8 dev"):
+        plan.check_size(settings, "motion", Devices(SimpleNamespace(size=8)))
     settings = config(**wanted)
     stills = {name: data(settings)["identity"] for name in ("identity", "motion")}
     with pytest.raises(UserError, match="data.motion: clips have one latent frame, expected more"):
