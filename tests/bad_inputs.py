@@ -160,12 +160,15 @@ def _dataset(frames: int, *, height=4, channels=4, tokens=12, scale=0.7) -> late
 
 
 def _runs(folder: pathlib.Path) -> None:
-    """Configurations, an empty workdir, one that holds a run of five steps, and one in which a run is at work."""
+    """Configurations, an empty workdir, those of a run of five steps and of one in stages, one with a run at work."""
     shutil.copy(ROOT / "configs" / "base.py", folder / "base.py")
     (folder / "tiny.py").write_text(_CONFIG)
     (folder / "run").mkdir()
     (folder / "started" / "checkpoints" / "5").mkdir(parents=True)
     (folder / "started" / "config.json").write_text(configs.load(folder / "tiny.py").json())
+    (folder / "staged").mkdir()
+    staged = configs.load(folder / "tiny.py", {"switch.order": "stages"})
+    (folder / "staged" / "config.json").write_text(staged.json())
     (folder / "busy").mkdir()
     _held.enter_context(locks.whole(folder / "busy", key="--workdir"))
     (folder / "odd_records").mkdir()
