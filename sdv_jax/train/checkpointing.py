@@ -85,8 +85,8 @@ class Checkpoints:
             except Exception as error:  # whatever a damaged file makes orbax and tensorstore raise
                 if "RESOURCE_EXHAUSTED" in str(error):  # no memory says nothing of the file
                     raise
-                if self.reading and not (self.folder / str(step)).exists():  # the run has newer ones by now
-                    self.manager.reload()
+                self.manager.reload()
+                if self.reading and max(self.manager.all_steps(), default=0) > steps[0]:  # then the older ones go
                     return self.restore(like, data=data)
                 self._pass_over(step, error, last=step == steps[-1])
                 continue
@@ -128,11 +128,12 @@ class Checkpoints:
         if jax.process_index() == 0:
             told = f"sdv: checkpoint {where} cannot be read ({one_line(error)}); going on from the one before it"
             print(told, file=sys.stderr)
-        if jax.process_index() == 0 and not self.reading:
+        if self.reading:
+            return
+        if jax.process_index() == 0:
             names = (f"damaged-{step}{again}" for again in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
             where.rename(next(place for name in names if not (place := self.folder / name).exists()))
-        if not self.reading:
-            self.manager.reload()
+        self.manager.reload()
 
 
 def checksums(tree: Tree) -> list[int]:
