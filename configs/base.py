@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
 
     config.model = model = ConfigDict()
     model.path = ""  # folder of the base model (converted or diffusers); empty = random weights of the sizes below
-    model.dtype = "float32"  # dtype of the frozen base weights: float32 | bfloat16
+    model.dtype = "float32"  # dtype of frozen base weights: float32 | bfloat16; trained ones are float32
     model.family = "cogvideox"  # without model.path: cogvideox | wan
     model.transformer = ConfigDict(convert_dict=False)  # without model.path: the keys of transformer/config.json
     model.text_encoder = ConfigDict(convert_dict=False)  # without model.path: the keys of text_encoder/config.json

@@ -12,7 +12,7 @@ import struct
 import numpy as np
 from PIL import Image
 
-from sdv_jax.data import latents, prepare, records, settings
+from sdv_jax.data import latents, locks, prepare, records, settings
 from sdv_jax.models.contract import LatentScale
 from sdv_jax.train import config as configs
 from tests import tiny_wan
@@ -24,6 +24,7 @@ from tests.train import tiny
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "errors.md"
 BASE = 'sample --model model --prompt "a red ball" --num-frames 1 --steps 1 --quiet --out video.mp4'
+_held = contextlib.ExitStack()  # until the tests end
 _ROW = re.compile(r"\| `(?P<input>.+?)` \| `(?P<line>.+?)` \|(?P<remark>.*)\|")
 
 
@@ -159,12 +160,17 @@ def _dataset(frames: int, *, height=4, channels=4, tokens=12, scale=0.7) -> late
 
 
 def _runs(folder: pathlib.Path) -> None:
-    """Configurations, an empty workdir, and one that holds a run of five steps."""
+    """Configurations, an empty workdir, those of a run of five steps and of one in stages, one with a run at work."""
     shutil.copy(ROOT / "configs" / "base.py", folder / "base.py")
     (folder / "tiny.py").write_text(_CONFIG)
     (folder / "run").mkdir()
     (folder / "started" / "checkpoints" / "5").mkdir(parents=True)
     (folder / "started" / "config.json").write_text(configs.load(folder / "tiny.py").json())
+    (folder / "staged").mkdir()
+    staged = configs.load(folder / "tiny.py", {"switch.order": "stages"})
+    (folder / "staged" / "config.json").write_text(staged.json())
+    (folder / "busy").mkdir()
+    _held.enter_context(locks.whole(folder / "busy", key="--workdir"))
     (folder / "odd_records").mkdir()
     norms = {"norm_identity": 1.0, "norm_motion": 1.0}
     record = {"step": 0, "cosine": None} | norms | {"groups": {"block 0": {"cosine": 0.0}}}

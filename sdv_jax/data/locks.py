@@ -25,13 +25,35 @@ def claimed(folder: Path, process: tuple[int, int]) -> Iterator[None]:
       UserError: another process holds the place, or one of another N, whose parts are others; or no file can be made.
     """
     with ExitStack() as held:
-        try:
+        with _locking(folder, "output.path"):
             _claim(folder, process, held)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise UserError(f"{folder} cannot be locked ({error.strerror}); choose another output.path") from error
-            _log.warning("%s is on a file system without locks: start no process twice", folder)
         yield
+
+
+@contextmanager
+def whole(folder: Path, *, key: str) -> Iterator[bool]:
+    """Whether `folder` could be had by this process alone, which then holds it.
+
+    On a file system without locks there is a note, and nothing is held.
+
+    Raises:
+      UserError: no file can be made; `key` is where another folder is named.
+    """
+    with ExitStack() as held:
+        free = True
+        with _locking(folder, key):
+            free = _lock(folder / ".in-use", held)
+        yield free
+
+
+@contextmanager
+def _locking(folder: Path, key: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise UserError(f"{folder} cannot be locked ({error.strerror}); choose another {key}") from error
+        _log.warning("%s is on a file system without locks: start no process twice", folder)
 
 
 def _claim(folder: Path, process: tuple[int, int], held: ExitStack) -> None:

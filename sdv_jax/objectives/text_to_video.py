@@ -10,15 +10,16 @@ from sdv_jax.typing import Array, Float, Key
 
 def loss(
     model: Denoiser, clips: Batch, images: Batch | None, empty_text: Array, key: Key[Array, ""], *,
-    objective: Objective, image_weight: float, first_frames: int = 0, timesteps: Array | None = None,
+    objective: Objective, image_weight: float, first_frame: float = 0.0, timesteps: Array | None = None,
 ) -> Float[Array, ""]:  # fmt: skip
     """(1 - image_weight) · loss on the clips + image_weight · loss on the images, or the clips alone.
 
-    The first `first_frames` clips of the batch are given their first frame, the others only their caption; each clip
-    counts alike. `timesteps` [b] of the clips are drawn where they are not given.
+    The first ones of the clips, a share `first_frame` of them, are given their first frame, the others only their
+    caption; each clip counts alike. `timesteps` [b] of the clips are drawn where they are not given.
     """
     clip_key, image_key = jax.random.split(key)
-    clip_loss = _clips(model, clips, empty_text, clip_key, objective, first_frames, timesteps)
+    given = round(first_frame * clips["text"].shape[0])
+    clip_loss = _clips(model, clips, empty_text, clip_key, objective, given, timesteps)
     if images is None:
         return clip_loss
     image_loss = _plain(model, images, empty_text, image_key, objective)

@@ -34,14 +34,16 @@ class Checkpoints:
     """The checkpoints of one run, named by the number of steps done: the newest `keep`, and every `keep_every`-th step.
 
     A checkpoint is there completely or not at all, whatever interrupts its writing. All processes call every method.
-    `save` and `close` raise NotWritten when one cannot be written; those before it stay.
+    `save` and `close` raise NotWritten when one cannot be written; those before it stay. With `reading` nothing in the
+    folder is made, removed or renamed: the run may be at work.
     """
 
-    def __init__(self, folder: Path, origin: Origin, *, keep: int = 1, keep_every: int = 0):
+    def __init__(self, folder: Path, origin: Origin, *, keep: int = 1, keep_every: int = 0, reading: bool = False):
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
-        )
-        self.folder, self.origin = folder, origin
+            max_to_keep=None if reading else keep, keep_period=keep_every or None, create=not reading,
+            cleanup_tmp_directories=not reading,
+        )  # fmt: skip
+        self.folder, self.origin, self.reading = folder, origin, reading
         self.manager = ocp.CheckpointManager(folder.resolve(), options=options, item_names=_ITEMS)
 
     def save(self, step: int, state: TrainState, *, data: Mapping[str, object], config: Mapping[str, object]) -> None:
@@ -63,9 +65,9 @@ class Checkpoints:
         """(steps done, state) of the newest checkpoint that can be read, in the shapes, dtypes and shardings of `like`;
         None where there is no checkpoint.
 
-        One that cannot be read, or whose numbers are not those that were written, is told on stderr and put aside as
-        `damaged-N`. Raises UserError where none can be read, for a run from another origin, and for data that are not
-        those the run has read.
+        One that cannot be read, or whose numbers are not those that were written, is told on stderr and, but for
+        `reading`, put aside as `damaged-N`. Raises UserError where none can be read, for a run from another origin, and
+        for data that are not those the run has read.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
@@ -83,7 +85,10 @@ class Checkpoints:
             except Exception as error:  # whatever a damaged file makes orbax and tensorstore raise
                 if "RESOURCE_EXHAUSTED" in str(error):  # no memory says nothing of the file
                     raise
-                self._put_aside(step, error, last=step == steps[-1])
+                self.manager.reload()
+                if self.reading and max(self.manager.all_steps(), default=0) > steps[0]:  # then the older ones go
+                    return self.restore(like, data=data)
+                self._pass_over(step, error, last=step == steps[-1])
                 continue
             return step, TrainState(**found)
         return None
@@ -114,7 +119,7 @@ class Checkpoints:
                 "the same command goes on from the newest checkpoint there is"
             ) from error
 
-    def _put_aside(self, step: int, error: Exception, *, last: bool) -> None:
+    def _pass_over(self, step: int, error: Exception, *, last: bool) -> None:
         where = self.folder / str(step)
         if last:
             raise UserError(
@@ -123,6 +128,9 @@ class Checkpoints:
         if jax.process_index() == 0:
             told = f"sdv: checkpoint {where} cannot be read ({one_line(error)}); going on from the one before it"
             print(told, file=sys.stderr)
+        if self.reading:
+            return
+        if jax.process_index() == 0:
             names = (f"damaged-{step}{again}" for again in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
             where.rename(next(place for name in names if not (place := self.folder / name).exists()))
         self.manager.reload()
@@ -143,10 +151,10 @@ def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _check_data(where: Path, before: Mapping, now: Mapping) -> None:
-    """`sets` are the fingerprints of the data of each stream, which a run must not change under itself."""
+    """`sets` are fingerprints and shares of the data of each stream, which a run must not change under itself."""
     changed = [name for name, sets in before.get("sets", {}).items() if now["sets"].get(name, sets) != sets]
     if changed:
         raise UserError(
-            f"checkpoint {where} was trained on other data: data.{changed[0]} has changed since; restore it, or use a "
-            "new workdir"
+            f"checkpoint {where} was trained on other data: data.{changed[0]} has changed since, in its content or its "
+            "shares; restore it, or use a new workdir"
         )

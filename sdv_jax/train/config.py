@@ -186,8 +186,8 @@ class Config:
     log: Log = Log()
 
     def __post_init__(self):
+        _check_ranges(self)  # first, for what follows divides
         _check_choices(self)
-        _check_ranges(self)
 
     def json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
@@ -249,20 +249,21 @@ def _check_choices(config: Config) -> None:
         raise UserError(
             "config key 'text.train_encoder': true needs train.mode='full', found 'lora'; set one of the two"
         )
-    share, batch = config.text_to_video.first_frame, config.text_to_video.batch_size
+    share, batch, parts = config.text_to_video.first_frame, config.text_to_video.batch_size, config.train.accumulate
     if share and config.train.objective != "text_to_video":
         raise UserError("config key 'text_to_video.first_frame': needs train.objective='text_to_video'; leave it 0")
-    if 0 < share < 1 and round(share * batch) in (0, batch):
+    rows = batch // parts  # of a part, which each loss sees on its own
+    if 0 < share < 1 and round(share * rows) in (0, rows):
         raise UserError(
-            f"config key 'text_to_video.first_frame': {share} of batch_size {batch} is {round(share * batch)} clips; "
-            "expected some with and some without, or 0 or 1"
+            f"config key 'text_to_video.first_frame': {share} of batch_size {batch} / train.accumulate {parts} is "
+            f"{round(share * rows)} clips; expected some with and some without, or 0 or 1"
         )
     if config.gradients.every and config.train.objective != "subject":
         raise UserError(
             "config key 'gradients.every': compares the gradients of two tasks and needs train.objective='subject', "
             f"found {config.train.objective!r}; leave it 0"
         )
-    if config.train.objective == "subject" and config.train.mode == "lora" and config.optimizer.name == "muon":
+    if config.train.mode == "lora" and config.optimizer.name == "muon":
         raise UserError("config key 'optimizer.name': 'muon' is for train.mode='full', found 'lora'; use 'adamw'")
 
 

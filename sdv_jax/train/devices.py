@@ -10,6 +10,8 @@ from contextlib import nullcontext
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
 
 from sdv_jax.errors import UserError
 from sdv_jax.sharding import Table, spec_of
@@ -17,6 +19,7 @@ from sdv_jax.train.config import Mesh
 from sdv_jax.train.state import Tree
 
 BATCH_AXES = ("data", "fsdp")
+_DAY = 24 * 3600 * 1000  # milliseconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,13 @@ class Devices:
     def agreed(self, signals: list[int], stopping: bool) -> bool:
         """Whether to stop now: several processes only when a step has told all of them."""
         return stopping if jax.process_count() > 1 else bool(signals)
+
+    def from_writer(self, number: int) -> int:
+        """What the process that writes has for `number`, on every process. All processes call it."""
+        if jax.process_count() == 1:
+            return number
+        multihost.get_barrier_sync_fn()(key="told", timeout_ms=_DAY)  # inside a collective there is less patience
+        return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
     def _by_table(self, path: str, value, table: Table):
         spec = spec_of(path, table)

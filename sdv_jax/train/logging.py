@@ -5,16 +5,20 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from sdv_jax.errors import UserError
+from sdv_jax.data.files import replacing
+from sdv_jax.errors import UserError, one_line
 from sdv_jax.train.throughput import Cost, Meter
 
 METRICS, NOT_FINITE = "metrics.jsonl", "not_finite.json"
@@ -74,6 +78,11 @@ class RunLog:
         late, self.pending = self.pending, None
         self._write(late)
 
+    def show(self, values: Mapping[str, float | Path], step: int) -> None:
+        """Puts numbers, as points of curves, and pictures on the boards."""
+        for board in self.boards:
+            board.write(values, step)
+
     def restart_clock(self) -> None:
         """Leaves the time since the last step, spent on a checkpoint or samples, out of the next step's seconds."""
         self.clock = time.perf_counter()
@@ -110,8 +119,7 @@ class RunLog:
             told |= {"mfu": f"{rates['mfu']:.1%}"} if "mfu" in rates else {}
             self.bar.set_postfix(task=step.task["task"], **told, refresh=False)
             names = (*values, "seconds", *rates)
-            for board in self.boards:
-                board.write({f"{step.task['task']}/{name}": record[name] for name in names}, step.number)
+            self.show({f"{step.task['task']}/{name}": record[name] for name in names}, step.number)
 
     def _refuse(self, step: Step, values: dict[str, float]) -> None:
         if self.file:
@@ -126,14 +134,18 @@ class RunLog:
 
 
 class TensorBoard:
-    """Scalars as TensorBoard files in `folder`, from step `start` on."""
+    """Numbers and pictures as TensorBoard files in `folder`, from step `start` on."""
 
     def __init__(self, folder: Path, start: int):
         self.writer = SummaryWriter(str(folder), purge_step=start)
 
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+    def write(self, values: Mapping[str, float | Path], step: int) -> None:
+        for name, value in values.items():
+            if isinstance(value, Path):
+                with Image.open(value) as picture:
+                    self.writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+            else:
+                self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self.writer.close()
@@ -146,20 +158,40 @@ def check_boards(wandb_project: str) -> None:
 
 
 class WandB:
-    """Scalars to a project of Weights & Biases; one run per workdir, which a restart goes on with."""
+    """Numbers and pictures to a project of Weights & Biases; one run per workdir, which a restart goes on with.
+
+    Raises UserError where the run there does not begin.
+    """
 
     def __init__(self, project: str, workdir: Path, config: Mapping):
-        import wandb
+        try:
+            import wandb
 
-        self.run = wandb.init(
-            project=project, name=workdir.name, id=workdir.name, dir=str(workdir), config=dict(config), resume="allow"
-        )
+            self.picture = wandb.Image
+            self.run = wandb.init(
+                project=project, name=workdir.resolve().name, id=_run_id(workdir / "wandb_id"), dir=str(workdir),
+                config=dict(config), resume="allow",
+            )  # fmt: skip
+        except Exception as error:  # of the account, of the network, or of wandb itself
+            raise UserError(
+                f"config key 'log.wandb_project': Weights & Biases does not begin ({one_line(error)}); wandb login, or "
+                "WANDB_MODE=offline, or leave it empty"
+            ) from error
 
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
-        self.run.log(dict(scalars), step=step)
+    def write(self, values: Mapping[str, float | Path], step: int) -> None:
+        shown = {name: self.picture(str(value)) if isinstance(value, Path) else value for name, value in values.items()}
+        self.run.log(shown, step=step)
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _run_id(path: Path) -> str:
+    """Drawn once per workdir: folders of one name are not one run."""
+    if not path.exists():
+        with replacing(path, what="id") as fresh:
+            fresh.write_text(secrets.token_hex(8))
+    return path.read_text()
 
 
 def since_first_start(workdir: Path, *, step: int, write: bool) -> tuple[float, float]:
@@ -193,11 +225,14 @@ def _spent(path: Path, step: int) -> float:
     return total
 
 
-def truncate(path: Path, step: int) -> None:
-    """Keeps the lines of steps before `step`: later ones will be written again. A half-written last line goes too."""
+def truncate(path: Path, step: int) -> dict | None:
+    """Keeps the lines of steps before `step`: later ones will be written again. A half-written last line goes too.
+
+    Returns what the last line kept says.
+    """
     if not path.exists():
-        return
-    kept = []
+        return None
+    kept, last = [], None
     for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
@@ -205,6 +240,8 @@ def truncate(path: Path, step: int) -> None:
             break
         if record["step"] < step:
             kept.append(line + "\n")
+            last = record
     fresh = path.with_suffix(".partial")
     fresh.write_text("".join(kept))
     os.replace(fresh, path)
+    return last

@@ -3,11 +3,11 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from sdv_jax.data import loading
+from sdv_jax.data import loading, locks
 from sdv_jax.data.files import make_folder
 from sdv_jax.data.loading import Dataset, Mixture
 from sdv_jax.errors import UserError
@@ -33,7 +33,7 @@ from sdv_jax.train.logging import RunLog, Step
 from sdv_jax.train.monitors import Monitor
 from sdv_jax.train.state import TrainState
 
-# (model, steps done, folder): draws samples with fixed seeds and leaves a contact sheet in the folder.
+# (model, steps done, folder): draws samples with fixed seeds and leaves a contact sheet, folder/step_NNNNNN.png.
 Sampler = Callable[[Denoiser, int, Path], None]
 
 
@@ -59,13 +59,13 @@ def run(
     `stop_after` ends the run early, after that many steps in all, with a checkpoint. `data` and `model` replace what
     the config names. SIGTERM and SIGINT, to any process, end the run after the step at hand (with several processes at
     most two later, the same for all), with a checkpoint; `Result.finished` is then False. Before the first step they
-    raise `processes.Stopped`. Raises UserError for a wrong config, data that do not fit, a workdir of another run, and
-    a loss that is not finite; NotWritten for a checkpoint or an adapter that cannot be written. That other processes
-    live is watched from outside, by a `Heartbeat`.
+    raise `processes.Stopped`. Raises UserError for a wrong config, data that do not fit, a workdir of another run or in
+    which one is at work, and a loss that is not finite; NotWritten for a checkpoint or an adapter that cannot be
+    written. That other processes live is watched from outside, by a `Heartbeat`.
     """
     workdir = make_folder(workdir, what="workdir")
     devices = Devices.of(config.mesh)
-    with processes.stop_requests() as signals:
+    with processes.stop_requests() as signals, _alone(workdir, devices):
         data = datasets.load(config, workdir / "data") if data is None else _mixtures(data)
         with devices.on_mesh():
             return _run(
@@ -84,7 +84,7 @@ def _run(
     datasets.check(config, data, base.traits)
     first = next(iter(data.values()), None)
     objective = setup.objective(config, base, first.scale if first else base.traits.latents)
-    parts, held = heldout.split(config, {name: mixture.parts() for name, mixture in data.items()})
+    parts, held = heldout.split(config, {name: mixture.parts() for name, mixture in data.items()}, devices)
     schedule = plan.make(config, parts, objective, key, devices)
     token_ids = any(bucket.has_token_ids for mixture in data.values() for bucket in mixture.buckets)
     model = model or setup.model(config, base, token_ids=token_ids, mesh=devices.mesh)
@@ -105,15 +105,17 @@ def _run(
     # ---- Resume -----------------------------------------------------------------------------------------------------
     origin = Origin.of(key, frozen)
     checkpoints = Checkpoints(workdir / "checkpoints", origin, keep=c.keep, keep_every=c.keep_every)
-    start, current = checkpoints.restore(current, data=schedule.data_state(0)) or (0, current)
+    restored = checkpoints.restore(current, data=schedule.data_state(0))
+    start, current = restored or (0, current)
     record.claim(workdir, config, changed)
     stop = min(c.steps, c.steps if stop_after is None else stop_after)
 
     # ---- Steps ------------------------------------------------------------------------------------------------------
     watched = monitors.records(
-        config, held, graph, frozen, objective, empty_text, devices=devices, workdir=workdir, start=start
-    )
-    if sampler and c.sample_every:
+        config, held, graph, frozen, objective, empty_text, devices=devices, workdir=workdir,
+        kept=start if restored else -1,
+    )  # fmt: skip
+    if sampler and c.sample_every and start < c.steps:  # the sheets of a run that is done are there
         watched.append(_samples(sampler, graph, frozen, c.sample_every, workdir / "samples"))
     costs = throughput.Costs(config, schedule.losses, base.traits.geometry, graph)
     log = _log(config, workdir, schedule, start, shown)
@@ -140,7 +142,7 @@ def _run(
                 save(done, current)
                 log.restart_clock()
         log.flush()
-        if done == c.steps and start < done:
+        if done == c.steps:
             _watch(watched, current, done, log)
         save(done, current)
 
@@ -158,8 +160,8 @@ def load_trained(
 ) -> Denoiser:
     """The model of a run with the weights of its newest checkpoint: the moving average, if one was kept and `averaged`.
 
-    `data` replaces what the run's config names; only whether its text is token ids matters. Raises UserError without a
-    checkpoint.
+    The run may be at work: its workdir is only read. `data` replaces what the run's config names; only whether its text
+    is token ids matters. Raises UserError without a checkpoint.
     """
     workdir = Path(workdir)
     config = record.read(workdir)
@@ -169,7 +171,7 @@ def load_trained(
     graph, trained, frozen = state.split(model, mode=config.train.mode, train_encoder=config.text.train_encoder)
     like = state.create(trained, optimizer.make(config.optimizer, config.train.steps), ema=config.train.ema_decay > 0)
     origin = Origin.of(plan.run_key(config), frozen)
-    checkpoints = Checkpoints(workdir / "checkpoints", origin, keep=config.train.keep)
+    checkpoints = Checkpoints(workdir / "checkpoints", origin, reading=True)
     try:
         found = checkpoints.restore(like, data={"sets": {}})
     finally:
@@ -177,6 +179,16 @@ def load_trained(
     if found is None:
         raise UserError(f"{workdir}: no checkpoint there; train first")
     return state.join(graph, state.result(found[1]) if averaged else found[1].trained, frozen)
+
+
+@contextmanager
+def _alone(workdir: Path, devices: Devices) -> Iterator[None]:
+    """No other run is at work in the workdir: two would remove each other's checkpoints and cut each other's files."""
+    with ExitStack() as held:
+        free = held.enter_context(locks.whole(workdir, key="--workdir")) if processes.is_writer() else True
+        if not devices.from_writer(free):
+            raise UserError(f"workdir {workdir}: a run is at work there; wait for its end, or use a new --workdir")
+        yield
 
 
 def _mixtures(data: Mapping[str, Dataset | Mixture]) -> dict[str, Mixture]:
@@ -217,17 +229,19 @@ def _save(checkpoints: Checkpoints, config: Config, schedule: plan.Plan, done: i
 
 
 def _watch(watched: list[Monitor], current: TrainState, done: int, log: RunLog) -> None:
-    """Calls the monitors whose turn it is after `done` steps."""
+    """Calls the monitors whose turn it is after `done` steps, and shows what they found."""
     for every, call in watched:
         if done % every == 0:
             log.flush()
-            call(current, done)
+            log.show(call(current, done), done)
             log.restart_clock()
 
 
 def _samples(sampler: Sampler, graph, frozen, every: int, folder: Path) -> Monitor:
-    def draw(current: TrainState, done: int) -> None:
+    def draw(current: TrainState, done: int) -> dict[str, Path]:
         if done:
             sampler(state.join(graph, state.result(current), frozen), done, folder)
+        sheet = folder / f"step_{done:06d}.png"
+        return {"samples": sheet} if sheet.exists() else {}
 
     return Monitor(every, draw)

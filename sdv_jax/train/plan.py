@@ -36,12 +36,12 @@ class Plan:
     def data_state(self, step: int) -> dict[str, dict]:
         """Where a run is in its data before `step`: batches read of each stream, and what is in the streams.
 
-        The position follows from the step; the fingerprints show whether the data are still those that were read.
+        The position follows from the step; fingerprints and shares show whether that is still where it was.
         """
         streams = self.batches.streams
         return {
             "position": {name: sum(name in reads for reads in self.batches.plan[:step]) for name in streams},
-            "sets": {name: [part.fingerprint for part in stream.parts] for name, stream in streams.items()},
+            "sets": {name: _content(stream) for name, stream in streams.items()},
         }
 
 
@@ -65,7 +65,7 @@ def make(
     reads = {name: _reads(name, programs) for name in trained_on(config)}
     sizes, split = batch_sizes(config), config.train.accumulate
     for name in reads:
-        devices.check(name if config.train.objective == "subject" else config.train.objective, sizes[name], split)
+        check_size(config, name, devices)
     mine = {name: devices.mine(sizes[name], split) for name in reads}
     streams = {
         name: Stream.of(
@@ -105,6 +105,25 @@ def batch_sizes(config: Config) -> dict[str, int]:
     return {"identity": config.identity.batch_size, "motion": config.motion.batch_size}
 
 
+def part_sizes(config: Config) -> dict[str, int]:
+    """Rows of each dataset that are on the devices at once: those of one part of a batch."""
+    return {name: size // config.train.accumulate for name, size in batch_sizes(config).items()}
+
+
+def check_size(config: Config, name: str, devices: Devices) -> None:
+    """Raises UserError unless each part of a batch of the dataset is cut evenly over the devices, and so are its clips
+    with a first frame and those without.
+    """
+    section = name if config.train.objective == "subject" else config.train.objective
+    devices.check(section, batch_sizes(config)[name], config.train.accumulate)
+    share, rows = config.text_to_video.first_frame, part_sizes(config)[name]
+    if name == "motion" and round(share * rows) % devices.shards:
+        raise UserError(
+            f"config key 'text_to_video.first_frame': {round(share * rows)} of the {rows} clips of a part cannot be "
+            f"cut evenly over {devices.shards} devices; give a share that is a multiple of {devices.shards} clips"
+        )
+
+
 def losses(config: Config, objective: Objective) -> dict[str, Callable]:
     """Program -> loss(model, batch, empty_text, key, timesteps=None), where `batch` has the streams by name."""
 
@@ -125,7 +144,7 @@ def losses(config: Config, objective: Objective) -> dict[str, Callable]:
         c = config.text_to_video
         return text_to_video.loss(
             model, batch["motion"], batch.get("identity"), empty_text, key, objective=objective,
-            image_weight=c.image_weight, first_frames=round(c.first_frame * c.batch_size), timesteps=timesteps,
+            image_weight=c.image_weight, first_frame=c.first_frame, timesteps=timesteps,
         )  # fmt: skip
 
     return {
@@ -166,6 +185,15 @@ def _subject_programs(config: Config, key: Key[Array, ""]) -> tuple[str, ...]:
     dropped = switching.view_drop_schedule(key, steps, config.identity.view_drop)
     image = np.where(dropped, "identity/no_reference", "identity")
     return tuple(np.where(is_motion, "motion", image).tolist())
+
+
+def _content(stream: Stream) -> list[str]:
+    """The fingerprints of the parts of a stream; of several datasets their shares too, in parts of the whole."""
+    weights: dict[str, float] = {}
+    for part in stream.parts:
+        weights[part.name] = weights.get(part.name, 0.0) + part.weight
+    shares = [f"{weight / sum(weights.values()):.6f}" for weight in weights.values()]
+    return [part.fingerprint for part in stream.parts] + (shares if len(shares) > 1 else [])
 
 
 def _reads(stream: str, programs: tuple[str, ...]) -> np.ndarray:

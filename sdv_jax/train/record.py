@@ -24,6 +24,7 @@ FREE = (
     "validation.bins", "gradients.every", "mesh.fsdp", "log.wandb_project", "data.workers", "model.path",
     "data.identity", "data.motion",
 )  # fmt: skip
+STAGED = ("train.steps",)  # what then says too where one stage ends and the next begins, in steps done already
 
 # What the loaders of each style look for in a folder; to ComfyUI a name is a name.
 _FILES = {
@@ -47,7 +48,8 @@ def check(workdir: Path, config: Config) -> list[str]:
         return []
     before, now = _flat(read(workdir)), _flat(config)
     changed = {key: f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]}
-    if refused := ", ".join(told for key, told in changed.items() if key not in FREE):
+    free = set(FREE).difference(STAGED if config.switch.order == "stages" else ())
+    if refused := ", ".join(told for key, told in changed.items() if key not in free):
         raise UserError(
             f"{workdir} holds a run with other settings ({refused}); use a new --workdir, or the same settings"
         )

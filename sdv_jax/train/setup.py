@@ -46,18 +46,19 @@ def about(config: Config) -> About:
 def model(config: Config, base: About, *, token_ids: bool, mesh: jax.sharding.Mesh | None = None) -> Denoiser:
     """The model of the run, with its adapter in mode lora; `token_ids` says that batches need the text encoder.
 
-    A stored model is read straight into its place on `mesh`; new weights are made whole on every process.
+    A stored model is read straight into its place on `mesh`; new weights are made whole on every process. Weights that
+    are trained are float32, whatever model.dtype says: steps of Adam are lost in the 8 bits of a bfloat16.
     """
     if config.text.train_encoder and not token_ids:
         raise UserError(
             "text.train_encoder=true needs data with token ids, found text embeddings; prepare the data with token ids"
         )
     names = (base.family.denoiser, "text_encoder") if token_ids else (base.family.denoiser,)
-    rngs, dtype = nnx.Rngs(config.train.seed), jnp.dtype(config.model.dtype)
+    rngs = nnx.Rngs(config.train.seed)
     found = [
-        model_folder.load_component(config.model.path, name, dtype, mesh)
+        model_folder.load_component(config.model.path, name, _dtype(config, name), mesh)
         if config.model.path
-        else base.family.components[name].module(base.configs[name], dtype=dtype, rngs=rngs)
+        else base.family.components[name].module(base.configs[name], dtype=_dtype(config, name), rngs=rngs)
         for name in names
     ]
     denoiser = Denoiser(*found, text_masked=base.traits.text_masked)
@@ -67,6 +68,12 @@ def model(config: Config, base: About, *, token_ids: bool, mesh: jax.sharding.Me
         _, rules = rules_of(denoiser.transformer)
         lora.add(denoiser.transformer, settings, names=rules.to_torch_module_name, rngs=nnx.Rngs(config.train.seed))
     return denoiser
+
+
+def _dtype(config: Config, name: str) -> jnp.dtype:
+    """Of the base weights of a component."""
+    frozen = config.train.mode == "lora" or (name == "text_encoder" and not config.text.train_encoder)
+    return jnp.dtype(config.model.dtype) if frozen else jnp.dtype("float32")
 
 
 def placements(base: About) -> dict[str, Table]:

@@ -27,12 +27,12 @@ from sdv_jax.train.state import Tree, join
 from sdv_jax.typing import Array
 
 # FLOP/s of one device in bfloat16, by the first words of `device_kind`; the longest name that fits counts. The H100 SXM
-# has the short name because its kind is "NVIDIA H100 80GB HBM3".
+# has the short name because its kind is "NVIDIA H100 80GB HBM3". A chip of TPU v3, of 123e12, is two devices.
 PEAKS = {
     "NVIDIA A10": 125e12, "NVIDIA A10G": 70e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12,
     "NVIDIA H100 PCIe": 756e12, "NVIDIA H100 NVL": 835e12, "NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12,
     "NVIDIA GH200": 989e12, "NVIDIA B200": 2250e12, "NVIDIA L40": 181e12, "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12,
-    "TPU v3": 123e12, "TPU v4": 275e12, "TPU v4 lite": 138e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
+    "TPU v3": 61.5e12, "TPU v4": 275e12, "TPU v4 lite": 138e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12,
     "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12, "TPU v6e": 918e12,
 }  # fmt: skip
 

@@ -8,14 +8,15 @@ import sys
 
 import pytest
 
-from sdv_jax.data.locks import claimed
+from sdv_jax.data.locks import claimed, whole
 from sdv_jax.errors import UserError
 
 HOLD = """
 import sys
 from pathlib import Path
-from sdv_jax.data.locks import claimed
-with claimed(Path(sys.argv[1]), (int(sys.argv[2]), int(sys.argv[3]))):
+from sdv_jax.data.locks import claimed, whole
+folder, *place = sys.argv[1:]
+with claimed(Path(folder), tuple(map(int, place))) if place else whole(Path(folder), key=""):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -26,8 +27,8 @@ def holder(tmp_path):
     """Starts processes that hold places in tmp_path."""
     started = []
 
-    def start(place, of):
-        command = [sys.executable, "-c", HOLD, str(tmp_path), str(place), str(of)]
+    def start(*place):
+        command = [sys.executable, "-c", HOLD, str(tmp_path), *map(str, place)]
         started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         assert started[-1].stdout.readline() == "held\n"
         return started[-1]
@@ -77,6 +78,17 @@ def test_processes_of_another_number_are_refused_and_what_killed_ones_left_is_re
     assert [file.name for file in tmp_path.iterdir()] == [".process-of-something"]
 
 
+def test_a_whole_folder_is_held_until_its_process_is_killed(tmp_path, holder):
+    other = holder()
+    with whole(tmp_path, key="--workdir") as free:
+        assert not free
+    other.kill()
+    other.wait()
+    with whole(tmp_path, key="--workdir") as free, whole(tmp_path, key="--workdir") as again:
+        assert free and not again
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_was_removed_before_it_was_locked_holds_nothing(tmp_path, monkeypatch):
     lock, calls = fcntl.flock, []
 
@@ -103,3 +115,6 @@ def test_where_there_are_no_locks_there_is_a_note(tmp_path, monkeypatch, caplog)
 
 def test_a_place_that_takes_no_files(tmp_path):
     refused(tmp_path / "nowhere", (0, 1), "cannot be locked .No such file or directory.; choose another output.path")
+    message = "cannot be locked .No such file or directory.; choose another --workdir"
+    with pytest.raises(UserError, match=message), whole(tmp_path / "nowhere", key="--workdir"):
+        pass

@@ -198,7 +198,7 @@ def test_a_given_first_frame_is_the_clips_own_in_the_scale_of_images():
         model = Recorder(lambda x: 0.3 * x)
         objective = _plain(image_latents=LatentScale.factor(2.0), clamps_image=clamps)
         found = text_to_video.loss(
-            model, clips, None, EMPTY, KEY, objective=objective, image_weight=0.0, first_frames=2
+            model, clips, None, EMPTY, KEY, objective=objective, image_weight=0.0, first_frame=2 / 6
         )
         given, plain = model.calls
         assert given.latents.shape[0] == 2 and plain.latents.shape[0] == 4 and not hasattr(plain, "image")
@@ -216,7 +216,7 @@ def test_a_given_first_frame_is_the_clips_own_in_the_scale_of_images():
 def test_all_clips_may_be_given_their_first_frame():
     model, objective = Recorder(), _plain(image_latents=OBJECTIVE.latents, clamps_image=True)
     text_to_video.loss(
-        model, _batch(frames=3), None, EMPTY, KEY, objective=objective, image_weight=0.0, first_frames=6
+        model, _batch(frames=3), None, EMPTY, KEY, objective=objective, image_weight=0.0, first_frame=1.0
     )
     assert [call.image.shape[0] for call in model.calls] == [6]
 

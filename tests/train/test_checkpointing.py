@@ -9,8 +9,10 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from sdv_jax.data.loading import Mixture
 from sdv_jax.errors import NotWritten, UserError
-from sdv_jax.train import loop, setup, state, step
+from sdv_jax.train import checkpointing, loop, plan, setup, state, step
+from sdv_jax.train.devices import Devices
 from tests.train import tiny
 
 SETTINGS = {"train.save_every": 2, "train.keep": 3}
@@ -103,6 +105,24 @@ def test_data_that_changed_under_the_run_are_refused(workdir):
         _run(workdir, data=data, **{"train.steps": 8})
 
 
+def test_other_shares_are_other_data():
+    """Which batch comes when follows from the shares, of those that were read too; folders may move."""
+    config = tiny.config()
+    base = setup.about(config)
+    objective, found = setup.objective(config, base, tiny.SCALE), []
+    for shares in ({"a": 3.0, "b": 1.0}, {"a": 1.0, "b": 3.0}, {"c": 6.0, "d": 2.0}, {"a": 1.0}):
+        sets = {name: tiny.dataset(10, frames=2, views=5, seed=seed) for seed, name in enumerate(shares)}
+        parts = {"identity": Mixture.of(tiny.data()["identity"], "pairs").parts()}
+        parts["motion"] = Mixture(sets, shares).parts()
+        found.append(plan.make(config, parts, objective, jax.random.key(0), Devices(None)).data_state(0)["sets"])
+    three, one, moved, alone = found
+    assert three["motion"] != one["motion"] and three == moved
+    assert all(len(state["identity"]) == 1 for state in found) and len(alone["motion"]) == 1
+    checkpointing._check_data("checkpoints/2", {"sets": three}, {"sets": moved})
+    with pytest.raises(UserError, match="data.motion has changed since, in its content or its shares; restore it"):
+        checkpointing._check_data("checkpoints/2", {"sets": three}, {"sets": one})
+
+
 def test_changed_settings_are_named_and_only_harmless_ones_are_taken(workdir, capsys):
     _run(workdir, **{"train.steps": 8, "train.log_every": 3})
     told = capsys.readouterr().err
@@ -162,6 +182,34 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_those_before_stay(w
     assert "\n" not in str(error.value)
     monkeypatch.undo()
     assert _run(workdir, **{"train.steps": 8}).finished
+
+
+def test_loading_leaves_a_run_at_work_alone(workdir, capsys):
+    """Also with a damaged newest checkpoint, one that is being written, and one that the run replaces meanwhile."""
+    folder = workdir / "checkpoints"
+    shutil.copytree(folder / "6", folder / "8.orbax-checkpoint-tmp")
+    (folder / "6" / "state" / "_METADATA").unlink()
+    before = sorted(folder.rglob("*"))
+    loop.load_trained(workdir, data=tiny.data())
+    assert "checkpoints/6 cannot be read (" in capsys.readouterr().err and sorted(folder.rglob("*")) == before
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no checkpoint there; train first"):
+        loop.load_trained(workdir, data=tiny.data())
+    assert not folder.exists()
+
+
+def test_a_checkpoint_that_a_run_at_work_has_replaced_is_not_damaged(workdir, monkeypatch, capsys):
+    restore, folder = ocp.CheckpointManager.restore, workdir / "checkpoints"
+
+    def late(manager, step, **options):
+        for old in (2, 4, 6):
+            if (folder / str(old)).exists() and step == 6:
+                (folder / str(old)).rename(folder / str(old + 10))
+        return restore(manager, step, **options)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "restore", late)
+    loop.load_trained(workdir, data=tiny.data())
+    assert "cannot be read" not in capsys.readouterr().err
 
 
 def test_what_a_killed_writer_left_goes(workdir):

@@ -88,6 +88,7 @@ def test_overrides_from_the_command_line_and_from_python_agree():
         ("--config.text.train_encoder=maybe", "config key 'text.train_encoder': expected bool, found 'maybe'"),
         ("--config.text.train_encoder=true", "'text.train_encoder': true needs train.mode='full', found 'lora'"),
         ("--config.train.mode=half", "config key 'train.mode': expected one of lora, full, found 'half'"),
+        ("--config.train.accumulate=0", "config key 'train.accumulate': expected a number above 0, found 0"),
         ("--config.optimizer.name=muon", "'muon' is for train.mode='full'"),
         ("--config.lora.targets=to_q", "config key 'lora.targets': expected tuple, found 'to_q'"),
         ("--steps=3", "argument '--steps=3' is not understood"),
@@ -98,6 +99,14 @@ def test_a_mistake_is_one_line_that_names_the_key(word, expected):
     with pytest.raises(UserError) as error:
         configs.load("configs/base.py", [word])
     assert expected in _line(error)
+
+
+@pytest.mark.parametrize("objective", ["subject", "text_to_video"])
+def test_muon_has_nothing_to_do_in_an_adapter(objective):
+    settings = {"train.objective": objective, "optimizer.name": "muon"}
+    with pytest.raises(UserError, match="'optimizer.name': 'muon' is for train.mode='full', found 'lora'; use 'adamw'"):
+        configs.load("configs/base.py", settings)
+    assert configs.load("configs/base.py", settings | {"train.mode": "full"}).optimizer.name == "muon"
 
 
 def test_a_file_with_a_misspelt_key_is_told_apart(tmp_path):

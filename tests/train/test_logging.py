@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from PIL import Image
 
 from sdv_jax.errors import UserError
 from sdv_jax.train.logging import RunLog, Step, TensorBoard, WandB, since_first_start, truncate
@@ -92,19 +93,44 @@ def test_scalars_go_to_every_board_at_log_every(tmp_path, monkeypatch):
     class Run:
         log, finish = staticmethod(lambda scalars, step: calls.append((step, scalars))), staticmethod(lambda: None)
 
-    fake = SimpleNamespace(init=lambda **options: calls.append(options) or Run)
+    fake = SimpleNamespace(
+        init=lambda **options: calls.append(options) or Run, Image=lambda path: ("picture", path)
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     board = WandB("subjects", tmp_path, {"train": {"steps": 3}})
     log = _log(tmp_path, boards=(TensorBoard(tmp_path / "tensorboard", 0), board))
+    Image.new("RGBA", (8, 4)).save(tmp_path / "sheet.png")
+    log.show({"validation/motion": 0.5, "samples": tmp_path / "sheet.png"}, 0)
     for number in range(2):
         log.write(_step(number), _metrics(2.0))
     log.flush()
     log.close()
-    options, *points = calls
-    assert options["project"] == "subjects" and options["resume"] == "allow" and options["id"] == tmp_path.name
+    options, shown, *points = calls
+    assert shown == (0, {"validation/motion": 0.5, "samples": ("picture", str(tmp_path / "sheet.png"))})
+    assert options["project"] == "subjects" and options["resume"] == "allow"
     assert [step for step, _ in points] == [0, 1]
     assert points[0][1]["motion/loss"] == 2.0 and "motion/tokens_per_second" in points[0][1]
-    assert list((tmp_path / "tensorboard").iterdir())
+    [written] = (tmp_path / "tensorboard").iterdir()
+    assert all(tag in written.read_bytes() for tag in (b"validation/motion", b"samples", b"PNG"))
+
+
+def test_a_workdir_is_one_run_of_wandb_whatever_its_name(tmp_path, monkeypatch):
+    ids = []
+    fake = SimpleNamespace(init=lambda **options: ids.append(options["id"]), Image=str)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for folder in ("a", "a", "b"):
+        (tmp_path / folder / "run").mkdir(parents=True, exist_ok=True)
+        WandB("subjects", tmp_path / folder / "run", {})
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_run_of_wandb_that_does_not_begin_is_one_line(tmp_path, monkeypatch):
+    def fail(**_):
+        raise RuntimeError("api_key not configured (no-tty)\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=fail, Image=str))
+    with pytest.raises(UserError, match=r"'log.wandb_project': .* \(api_key not configured \(no-tty\)\); wandb lo"):
+        WandB("subjects", tmp_path, {})
 
 
 def test_a_stop_asked_for_on_any_device_is_heard_one_step_late(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from flax import nnx
 
 from sdv_jax.adapters import lora
 from sdv_jax.checkpoints import adapter_files
+from sdv_jax.data import locks
 from sdv_jax.data.loading import Mixture
 from sdv_jax.errors import UserError
 from sdv_jax.objectives import denoising
@@ -128,6 +129,14 @@ def test_another_seed_gives_another_run(unbroken, tmp_path):
     other = _run(tiny.config(train__seed=1), tmp_path, stop_after=2)
     assert other.steps == 2
     assert _lines(tmp_path)[0]["loss"] != _lines(unbroken[0])[0]["loss"]
+
+
+def test_a_workdir_in_which_a_run_is_at_work_is_refused_and_left_as_it_is(tmp_path):
+    with locks.whole(tmp_path, key="--workdir"):
+        with pytest.raises(UserError, match="a run is at work there; wait for its end, or use a new --workdir"):
+            _run(tiny.config(), tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".in-use"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_workdir_of_other_settings_is_refused(unbroken):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 
 from sdv_jax.diffusion import bin_middles, noise_schedule
 from sdv_jax.errors import UserError
-from sdv_jax.train import gradients, heldout, loop, plan, setup, state
+from sdv_jax.train import gradients, heldout, logging, loop, plan, setup, state
 from sdv_jax.train.devices import Devices
 from tests.train import tiny
 
@@ -17,8 +18,9 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def _run(workdir, data=None, **settings):
-    return loop.run(tiny.config(**SETTINGS | settings), workdir, data=data or tiny.data(), shown=False)
+def _run(workdir, data=None, *, stop_after=None, **settings):
+    config = tiny.config(**SETTINGS | settings)
+    return loop.run(config, workdir, data=data or tiny.data(), shown=False, stop_after=stop_after)
 
 
 def _lines(workdir, name):
@@ -57,13 +59,35 @@ def test_a_resumed_run_leaves_the_same_records(finished, tmp_path):
         assert _lines(tmp_path, name) == _lines(finished, name)
 
 
+def test_each_due_step_has_one_record_whenever_the_run_was_ended(finished, tmp_path, monkeypatch):
+    """Between the checkpoint of step 2 and its records; between the last records and their checkpoint; when done.
+
+    TensorBoard forgets what is of the state a run goes on from and later, and is told it again.
+    """
+    shown = []
+    monkeypatch.setattr(logging.TensorBoard, "write", lambda self, values, step: shown.append((step, values)))
+    _run(tmp_path, stop_after=2)
+    assert [line["step"] for line in _lines(tmp_path, "validation.jsonl")] == [0]
+    for end, steps in (("between", [2, 4]), ("before the last checkpoint", [2, 4]), ("done", [4])):
+        shown.clear()
+        if end == "before the last checkpoint":
+            shutil.rmtree(tmp_path / "checkpoints" / "4")
+        _run(tmp_path)
+        for name in ("validation.jsonl", "gradients.jsonl"):
+            assert _lines(tmp_path, name) == _lines(finished, name), end
+        for curve in ("validation/motion", "validation/identity/bin_2", "gradients/cosine", "gradients/norm_motion"):
+            assert [step for step, values in shown if curve in values] == steps, (end, curve)
+    last = {name: value for step, values in shown for name, value in values.items() if step == 4}
+    assert last["validation/motion"] == _lines(finished, "validation.jsonl")[-1]["motion"]["loss"]
+
+
 def test_gradients_are_those_of_the_two_losses(finished):
     """Cosine and norms at step 0, against plain jax.grad over the held-out rows."""
     config = tiny.config(**SETTINGS)
     base = setup.about(config)
     objective = setup.objective(config, base, tiny.SCALE)
     parts = {name: loop.Mixture.of(dataset, name).parts() for name, dataset in tiny.data().items()}
-    _, held = heldout.split(config, parts)
+    _, held = heldout.split(config, parts, Devices(None))
     graph, trained, frozen = state.split(setup.model(config, base, token_ids=False), mode="lora", train_encoder=False)
     flat = []
     for task in gradients.TASKS:
@@ -122,6 +146,18 @@ def test_bins_are_the_middles_of_the_noise_levels():
 def test_rows_that_cannot_be_held_out_are_told(tmp_path, settings, expected):
     with pytest.raises(UserError, match=expected):
         _run(tmp_path, **settings)
+
+
+def test_held_out_batches_are_as_large_as_the_parts_of_a_step(capsys):
+    """More rows at once could be more than the devices have room for; those that are left over are told."""
+    config = tiny.config(**SETTINGS | {"train.accumulate": 2, "validation.rows": 5})
+    parts = {name: loop.Mixture.of(dataset, name).parts() for name, dataset in tiny.data().items()}
+    _, held = heldout.split(config, parts, Devices(None))
+    assert "'validation.rows': 1 of 5 rows of motion fill no batch of 2 and are not" in capsys.readouterr().err
+    for name in ("identity", "motion"):
+        assert [batch[name]["mean"].shape[0] for batch in held.batches(name, Devices(None))] == [2, 2]
+    with pytest.raises(UserError, match="4 rows cannot be cut evenly into train.accumulate = 8 parts"):
+        heldout.split(tiny.config(**SETTINGS | {"train.accumulate": 8}), parts, Devices(None))
 
 
 def test_one_task_alone_has_nothing_to_compare(tmp_path):

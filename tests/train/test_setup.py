@@ -1,7 +1,9 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from sdv_jax.data.loading import Mixture
 from sdv_jax.errors import UserError
@@ -58,6 +60,21 @@ def test_the_scale_is_that_of_the_vae_of_the_model():
         datasets.check(config, _mixtures({"motion": dataclasses.replace(dataset, scale=per_channel)}), traits)
     own = dataclasses.replace(dataset, scale=LatentScale.factor(0.685671))
     datasets.check(config, _mixtures({"motion": own}), traits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "transformer", "text_encoder"),
+    [({}, "bfloat16", "bfloat16"), ({"train.mode": "full"}, "float32", "bfloat16"),
+     ({"train.mode": "full", "text.train_encoder": True}, "float32", "float32")],
+)  # fmt: skip
+def test_weights_that_are_trained_are_float32(settings, transformer, text_encoder):
+    """And with them their moments and average; frozen ones are of model.dtype."""
+    config = tiny.config(**{"model.dtype": "bfloat16", **settings})
+    model = setup.model(config, setup.about(config), token_ids=True)
+    for part, dtype in ((model.transformer, transformer), (model.text_encoder, text_encoder)):
+        weights = nnx.state(part, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(weights)} == {dtype}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model, nnx.LoRAParam))} <= {"float32"}
 
 
 def test_token_ids_need_the_length_of_the_model():

@@ -63,7 +63,7 @@ def test_a_step_costs_each_product_and_one_more_for_each_factor_with_a_gradient(
      ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
      ("NVIDIA GH200 480GB", 989e12), ("NVIDIA A10", 125e12), ("NVIDIA A10G", 70e12), ("NVIDIA A1000", None),
      ("NVIDIA A100X", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("TPU v4 lite", 138e12),
-     ("NVIDIA RTX 4000 Ada Generation", None), ("TPU v5", 459e12), ("TPU v5e", 197e12)],
+     ("NVIDIA RTX 4000 Ada Generation", None), ("TPU v5", 459e12), ("TPU v5e", 197e12), ("TPU v3", 61.5e12)],
 )  # fmt: skip
 def test_peaks_are_known_by_the_device(monkeypatch, kind, expected):
     device = type("Device", (), {"device_kind": kind})()

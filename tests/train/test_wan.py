@@ -1,6 +1,7 @@
 """Wan in the training loop: the same configs, with another family."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 
 from sdv_jax.checkpoints import adapter_files
 from sdv_jax.errors import UserError
+from sdv_jax.objectives import text_to_video
 from sdv_jax.train import config as configs
-from sdv_jax.train import loop, setup
+from sdv_jax.train import loop, plan, setup
+from sdv_jax.train.devices import Devices
 from tests.train import tiny
 from tests.train.tiny_wan import config, data
 
@@ -101,14 +104,34 @@ def test_a_first_frame_is_given_to_a_share_of_the_clips(tmp_path):
     assert objective.clamps_image and objective.image_latents == objective.latents
 
 
+def test_the_share_with_a_first_frame_is_of_the_rows_that_a_loss_gets(monkeypatch):
+    """A part of a batch, or what is held out."""
+    given = []
+    monkeypatch.setattr(
+        text_to_video, "_clips", lambda model, clips, empty, key, objective, count, timesteps: given.append(count)
+    )
+    settings = config(**{"train.objective": "text_to_video", "text_to_video.first_frame": 0.5})
+    loss = plan.losses(settings, objective=None)["text_to_video"]
+    for rows in (8, 4):
+        loss(None, {"motion": {"text": np.zeros((rows, 3, 8))}}, None, jax.random.key(0))
+    assert given == [4, 2]
+
+
 def test_first_frames_need_a_model_that_takes_them_and_clips_that_go_on(tmp_path):
     wanted = {"train.objective": "text_to_video", "text_to_video.first_frame": 0.5}
     with pytest.raises(UserError, match="'text_to_video.first_frame': this model takes no first frame; leave it 0"):
         loop.run(tiny.config(**wanted), tmp_path, data=tiny.data(), shown=False)
     with pytest.raises(UserError, match="'model.index.expand_timestep' does not exist: known of wan are"):
         loop.run(config(**{"model.index.expand_timestep": True}), tmp_path, data=tiny.data(), shown=False)
-    with pytest.raises(UserError, match="0.1 of batch_size 4 is 0 clips; expected some with and some without"):
-        config(**wanted | {"text_to_video.first_frame": 0.1, "text_to_video.batch_size": 4})
+    for share, parts in ((0.1, 1), (0.5, 4)):
+        expected = f"{share} of batch_size 4 / train.accumulate {parts} is 0 clips; expected some with and some without"
+        with pytest.raises(UserError, match=expected):
+            config(**wanted | {"text_to_video.first_frame": share, "train.accumulate": parts,
+                               "text_to_video.batch_size": 4})  # fmt: skip
+    settings = config(**wanted | {"text_to_video.batch_size": 8})
+    plan.check_size(settings, "motion", Devices(SimpleNamespace(size=4)))
+    with pytest.raises(UserError, match="'text_to_video.first_frame': 4 of the 8 clips of a part cannot .* over 8 dev"):
+        plan.check_size(settings, "motion", Devices(SimpleNamespace(size=8)))
     settings = config(**wanted)
     stills = {name: data(settings)["identity"] for name in ("identity", "motion")}
     with pytest.raises(UserError, match="data.motion: clips have one latent frame, expected more"):

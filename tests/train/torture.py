@@ -94,6 +94,9 @@ def difference(ours: Path, theirs: Path) -> str | None:
     if ours_lines != theirs_lines:
         pairs = zip(ours_lines, theirs_lines, strict=False)
         return f"metrics.jsonl: {next((pair for pair in pairs if pair[0] != pair[1]), 'lengths')}"
+    for name in ("validation.jsonl", "gradients.jsonl"):
+        if (theirs / name).exists() and (ours / name).read_bytes() != (theirs / name).read_bytes():
+            return name
     last = str(max(int(folder.name) for folder in (theirs / "checkpoints").iterdir() if folder.name.isdecimal()))
     return _leaf_difference(*(_state(run / "checkpoints" / last / "state") for run in (ours, theirs)))
 
