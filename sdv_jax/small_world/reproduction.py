@@ -38,7 +38,7 @@ class Row(NamedTuple):
 ROWS = {
     "full": Row({}, 3),
     "image-only": Row({"switch.motion_probability": 0.0}, 3),
-    "video-only": Row({"switch.motion_probability": 1.0}, 3),
+    "video-only": Row({"switch.motion_probability": 1.0}, 1),
     "two-stage": Row({"switch.order": "stages"}, 3),
     "no-reference-in-motion": Row({"motion.references": 0}, 3),
     "first-frame-no-drop": Row({"motion.frame": "first", "motion.token_drop": 0.0}, 3),

@@ -12,11 +12,15 @@ from sdv_jax.train.heartbeat import PEER_LOST
 from sdv_jax.train.processes import PREEMPTED
 from tests.train import torture
 
-ENDLESS = torture.TINY | {"train.steps": 100000, "train.save_every": 100000}
+# What these tests cost is compiling, so they share their programs: the learning rate falls over as many steps in all of
+# them, no pair loses its reference, and gradients and held-out losses are measured where they are compared.
 SETTINGS = torture.TINY | {
-    "train.steps": 12, "train.save_every": 2, "validation.rows": 8, "validation.every": 6, "gradients.every": 6,
-    "mesh.fsdp": 4, "train.heartbeat": 20.0,
+    "train.steps": 12, "train.save_every": 2, "optimizer.decay_steps": 12, "identity.view_drop": 0.0, "mesh.fsdp": 4,
+    "train.heartbeat": 20.0, "validation.rows": 8, "validation.every": 6, "gradients.every": 6,
 }  # fmt: skip
+UNWATCHED = SETTINGS | {"validation.every": 0, "gradients.every": 0}
+ENDLESS = UNWATCHED | {"train.steps": 100000, "train.save_every": 100000}
+ALONE = {"mesh.fsdp": 1}
 
 
 def _lines(workdir, name="metrics.jsonl"):
@@ -35,10 +39,16 @@ def two(place):
     return place / "two"
 
 
-def test_two_processes_train_as_one_and_as_one_device(place, two):
-    for name, devices in (("eight", 8), ("one", 1)):
-        settings = SETTINGS if devices > 1 else SETTINGS | {"mesh.fsdp": 1}
-        torture.unbroken(place / name, settings, 1, devices, "tiny")
+@pytest.fixture(scope="module")
+def one(place):
+    """One process of one device."""
+    torture.unbroken(place / "one", SETTINGS | ALONE, 1, 1, "tiny")
+    return place / "one"
+
+
+def test_two_processes_train_as_one_and_as_one_device(place, two, one):
+    torture.unbroken(place / "eight", SETTINGS, 1, 8, "tiny")
+    for name in ("eight", "one"):
         for file, keys in (("metrics.jsonl", ("loss", "grad_norm")), ("gradients.jsonl", ("cosine", "norm_motion"))):
             for ours, theirs in zip(_lines(two, file), _lines(place / name, file), strict=True):
                 for key in keys:
@@ -51,14 +61,14 @@ def test_two_processes_train_as_one_and_as_one_device(place, two):
 def test_a_checkpoint_of_two_processes_goes_on_on_one_device(place, two):
     """Another mesh, another number of processes: the same run to float tolerance."""
     workdir = place / "moved"
-    job = torture.start(workdir, SETTINGS, 2, 4, "tiny")
+    job = torture.start(workdir, UNWATCHED, 2, 4, "tiny")
     while not (workdir / "checkpoints" / "4").is_dir():
         assert all(process.poll() in (None, 0) for process in job)
         time.sleep(0.02)
     for process in job:
         process.kill()
     torture.wait(job)
-    torture.unbroken(workdir, SETTINGS | {"mesh.fsdp": 1}, 1, 1, "tiny")
+    torture.unbroken(workdir, UNWATCHED | ALONE, 1, 1, "tiny")
     assert "goes on with changed settings: mesh.fsdp 4 -> 1" in workdir.with_suffix(".log").read_text()
     for ours, theirs in zip(_lines(workdir), _lines(two), strict=True):
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
@@ -66,7 +76,7 @@ def test_a_checkpoint_of_two_processes_goes_on_on_one_device(place, two):
 
 def test_a_signal_to_one_process_stops_both_at_one_step_with_a_checkpoint(place):
     workdir = place / "preempted"
-    job = torture.start(workdir, ENDLESS, 2, 1, "tiny")
+    job = torture.start(workdir, ENDLESS, 2, 4, "tiny")
     while torture._size(workdir) == 0:
         assert all(process.poll() is None for process in job), workdir.with_suffix(".log").read_text()
         time.sleep(0.02)
@@ -80,7 +90,7 @@ def test_a_signal_to_one_process_stops_both_at_one_step_with_a_checkpoint(place)
 def test_signals_that_do_not_stop_coming_leave_a_checkpoint(place):
     """Also while the last one is written."""
     workdir = place / "hurried"
-    job = torture.start(workdir, ENDLESS | {"mesh.fsdp": 1}, 1, 1, "tiny")
+    job = torture.start(workdir, ENDLESS | ALONE, 1, 1, "tiny")
     while job[0].poll() is None:
         if torture._size(workdir):
             job[0].send_signal(signal.SIGTERM)
@@ -91,7 +101,7 @@ def test_signals_that_do_not_stop_coming_leave_a_checkpoint(place):
 
 def test_a_signal_before_the_first_step_stops_at_once(place):
     workdir = place / "early"
-    job = torture.start(workdir, ENDLESS | {"mesh.fsdp": 1}, 1, 1, "tiny")
+    job = torture.start(workdir, ENDLESS | ALONE, 1, 1, "tiny")
     while not workdir.is_dir():
         assert job[0].poll() is None, workdir.with_suffix(".log").read_text()
         time.sleep(0.01)
@@ -102,7 +112,7 @@ def test_a_signal_before_the_first_step_stops_at_once(place):
 
 def test_a_dead_process_ends_the_job_with_a_line(place):
     workdir = place / "dead"
-    job = torture.start(workdir, ENDLESS | {"train.heartbeat": 5.0}, 2, 1, "tiny")
+    job = torture.start(workdir, ENDLESS | {"train.heartbeat": 5.0}, 2, 4, "tiny")
     while torture._size(workdir) == 0:
         assert all(process.poll() is None for process in job), workdir.with_suffix(".log").read_text()
         time.sleep(0.02)
@@ -116,11 +126,9 @@ def test_a_dead_process_ends_the_job_with_a_line(place):
     assert "process 1 (host " in told and "has not been heard of for 5 s" in told and "start all processes" in told
 
 
-def test_kills_change_nothing(place):
-    settings, shape = torture.TINY | {"train.steps": 24}, (1, 4, "tiny")
-    torture.unbroken(place / "whole", settings, *shape)
-    assert torture.killed(place / "killed", settings, *shape, kills=2, seed=1)[0] > 0
-    assert torture.difference(place / "killed", place / "whole") is None
+def test_kills_change_nothing(place, one):
+    assert torture.killed(place / "killed", SETTINGS | ALONE, 1, 1, "tiny", kills=2, seed=1)[0] > 0
+    assert torture.difference(place / "killed", one) is None
 
 
 def test_kills_of_two_processes_change_nothing(place, two):

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+from jax._src import compilation_cache, compiler
 
 sys.modules["torch"] = None  # tensorboardX imports it where it finds it: seconds for nothing
 import tensorboardX  # noqa: E402, F401
@@ -21,6 +22,7 @@ del sys.modules["torch"]
 
 def main(workdir: str, settings: str, devices: str, source: str, *job: str) -> int:
     jax.config.update("jax_num_cpu_devices", int(devices))
+    compiler._cache_write = _keep_compiled
     from sdv_jax import training
     from sdv_jax.train import config as configs
     from sdv_jax.train import loop
@@ -37,6 +39,11 @@ def main(workdir: str, settings: str, devices: str, source: str, *job: str) -> i
     port, count, index = job or ("", 1, 0)
     coordinator = f"127.0.0.1:{port}" if port else ""
     return training.run_job(config, workdir, coordinator=coordinator, count=int(count), index=int(index))
+
+
+def _keep_compiled(key: str, seconds: float, name: str, backend, executable, *_) -> None:
+    """JAX lets process 0 alone write to its cache, but on CPUs the programs of the others have keys of their own."""
+    compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
 
 
 if __name__ == "__main__":
