@@ -7,7 +7,10 @@ on the number of hosts, of workers or of interruptions, and the position in the 
 
 import dataclasses
 import functools
+import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -216,7 +219,7 @@ def iterate(batches: StepBatches, start: int, place: Callable, *, workers: int =
         if not flags.FLAGS.is_parsed():  # grain asks absl's flags, which only absl's own programs parse
             flags.FLAGS.mark_as_parsed()
         processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
-        dataset = dataset.mp_prefetch(processes, worker_init_fn=_leave_signals_to_the_parent)
+        dataset = dataset.mp_prefetch(processes, worker_init_fn=_belong_to_the_parent)
     dataset = dataset.map(place)
     return _Batches(iter(grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=_AHEAD)))
 
@@ -240,7 +243,16 @@ class _Batches(Iterator):
         self._batches.close()
 
 
-def _leave_signals_to_the_parent(worker: int, workers: int) -> None:
-    """Ctrl-C and a preemption may reach every process; the parent ends a run in order and stops its workers itself."""
+def _belong_to_the_parent(worker: int, workers: int) -> None:
+    """Ctrl-C and a preemption may reach every process; the parent ends a run in order and stops its workers itself.
+    When it is killed they end too: they would hold their memory for good.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)

@@ -2,6 +2,9 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,6 +85,31 @@ def test_workers_leave_signals_to_the_parent_and_a_killed_one_is_one_line(tmp_pa
         list(iterator)
     assert "\n" not in str(error.value)
     iterator.close()
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from sdv_jax.data import loading, records
+from sdv_jax.data.loading import Mixture, StepBatches, Stream
+
+if __name__ == "__main__":
+    stream = Stream.of(Mixture.of(records.load(sys.argv[1]), "set").parts(), 3, (0, 0), batches=4000)
+    batches = StepBatches({"motion": stream}, [{"motion": i} for i in range(4000)], {"motion": np.arange(3)})
+    iterator = loading.iterate(batches, 0, lambda batch: batch, workers=1)
+    next(iterator)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    records.save(tmp_path / "set", tiny.dataset(7, frames=1, views=1))
+    (tmp_path / "killed.py").write_text(KILLED)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "killed.py"), str(tmp_path / "set")]
+    # the pipe ends with the last process that holds it, which is the worker
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=120)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_processes_read_disjoint_rows_of_the_same_batches():
